@@ -1,0 +1,69 @@
+"""The settings of a training run: one frozen dataclass, every field of which is a flag of the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field with a default and the help text of its flag."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """Every setting of a training run."""
+
+    out: str = setting("run", "folder for everything the run leaves; a run that is there already goes on")
+    seed: int = setting(0, "all randomness comes from it")
+    recipe: str = setting("lightningrl", "how credit becomes an update; python -m lightningrl.recipes lists them")
+    iterations: int = setting(30, "times the agents run and the policy is updated")
+    tasks_per_iteration: int = setting(24, "tasks drawn per iteration")
+    rollouts_per_task: int = setting(8, "runs of the agent per task")
+    updates_per_iteration: int = setting(2, "optimizer steps per iteration; a task's rollouts stay in one")
+    learning_rate: float = setting(1e-3, "AdamW's learning rate")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    train_roles: tuple[str, ...] = setting((), "roles whose calls are trained, comma-separated; none given: all")
+    temperature: float = setting(1.0, "of sampling in training, whatever the agent asks for")
+    max_tokens: int = setting(64, "of a response, at most, in training and evaluation")
+    intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call")
+    eval_every: int = setting(10, "iterations between evaluations on the held-out tasks")
+    concurrency: int = setting(64, "agents at once")
+    time_limit: float = setting(60.0, "seconds a rollout may take")
+    max_attempts: int = setting(3, "tries of a rollout that fails for its infrastructure")
+    host: str = setting("127.0.0.1", "address the gateway listens on")
+    port: int = setting(0, "port the gateway listens on; 0: any free one")
+    policy: str | None = setting(None, "folder of a policy to start from; none: a new one")
+    vocab_size: int = setting(1024, "of a new policy's tokenizer")
+    hidden_size: int = setting(192, "of a new policy")
+    num_layers: int = setting(2, "of a new policy")
+    num_heads: int = setting(4, "of a new policy")
+    num_kv_heads: int = setting(2, "of a new policy")
+    intermediate_size: int = setting(512, "of a new policy")
+    context_length: int = setting(320, "tokens of a prompt and its response, at most")
+    slots: int = setting(32, "conversations that the sampler decodes at once")
+    imitation_steps: int = setting(300, "updates of the warm start, where there are demonstrations")
+    imitation_learning_rate: float = setting(3e-3, "AdamW's learning rate in the warm start")
+    data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters")
+    fsdp: int = setting(1, "devices that a batch and the parameters are split over")
+    tensor_parallel: int = setting(1, "devices that every layer is split over")
+    cache: str = setting(os.path.join("~", ".cache", "lightningrl"), "folder for warm starts and compiled programs, by content hash")
+
+
+# Settings that may change between a run and its continuation without changing what it computes.
+FREE_SETTINGS = ("out", "concurrency", "time_limit", "max_attempts", "host", "port", "cache")
+
+
+def same_run(config: FitConfig) -> dict[str, Any]:
+    """The settings that make a run what it is, as JSON."""
+    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in FREE_SETTINGS}
+
+
+def cache_folder(config: FitConfig) -> Path:
+    return Path(config.cache).expanduser()

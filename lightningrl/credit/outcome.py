@@ -1,0 +1,48 @@
+"""Credit that hands the final outcome of a rollout to every one of its transitions."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from lightningrl.segments import segment_sum
+from lightningrl.table import Credit, Evidence, TransitionTable
+
+
+def identical(table: TransitionTable, evidence: Evidence, *, include_intermediate: bool = False) -> Credit:
+    """Every call of a rollout gets the same: its final return (arXiv 2508.03680, §3.3.2).
+
+      cᵢ,ₜ = Rᵢ,   or with intermediate rewards   cᵢ,ₜ = Rᵢ + Σₛ rᵢ,ₛ
+
+    The paper's experiments have a final outcome only, so that is the default.
+
+    Args:
+      table: N transitions; R is `outcome[:, 0]`.
+      evidence: not read.
+      include_intermediate: whether the return also sums the rollout's intermediate rewards.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding.
+    """
+    value = jnp.where(table.valid, table.outcome[:, 0], 0.0)
+    if include_intermediate:
+        total = segment_sum(table.reward, table.rollout, table.rollout.shape[0], mask=table.valid)
+        value = jnp.where(table.valid, value + total[table.rollout], 0.0)
+    return Credit(value=value, kind="return")
+
+
+def intermediate(table: TransitionTable, evidence: Evidence) -> Credit:
+    """A call's own intermediate reward and the final outcome: Automatic Intermediate Rewarding (arXiv 2508.03680, AIR).
+
+      cᵢ,ₜ = rᵢ,ₜ + Rᵢ
+
+    The paper describes where such rewards come from (the status of a tool call) and not how they combine with the outcome;
+    the sum is our reading. Unlike `reward_to_go`, a call is not credited with what later calls earned on the way.
+
+    Args:
+      table: N transitions.
+      evidence: not read.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding.
+    """
+    return Credit(value=jnp.where(table.valid, table.reward + table.outcome[:, 0], 0.0), kind="return")

@@ -1,0 +1,1 @@
+"""What the rollouts alone don't say: each producer fills one field of `table.Evidence`."""

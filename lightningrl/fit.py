@@ -1,0 +1,246 @@
+"""Trains the policy behind an agent, any agent.
+
+    python -m lightningrl.fit --agent package.module:function --tasks tasks.jsonl --out DIR
+
+An agent is a function of a task (a dict), a `base_url` and an `api_key`, in any framework, sync or async. It returns its
+reward, or `--reward` scores what it returns, or it posts the reward to the gateway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lightningrl import flags
+from lightningrl.checkpoint import Checkpoints
+from lightningrl.config import FitConfig, cache_folder, same_run, setting
+from lightningrl.errors import UserError
+from lightningrl.gateway import Gateway, GatewayError, GatewaySettings, SamplingOverrides
+from lightningrl.loop import LoopSettings, Run, dataclass_dict, train
+from lightningrl.manifest import manifest
+from lightningrl.metrics import MetricsLog, plot_rewards
+from lightningrl.policy import Policy, save_policy
+from lightningrl.progress import Progress
+from lightningrl.recipes import get_recipe
+from lightningrl.runtime.agents import load_function, load_tasks
+from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
+from lightningrl.runtime.store import Store
+from lightningrl.sampler.engine import PolicySampler, SamplerSettings
+from lightningrl.sharding import make_mesh
+from lightningrl.start import row_settings, starting_policy
+from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.types import Rollout, Task
+from lightningrl.warm_start import Demonstration
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a run has come to."""
+
+    policy: Policy
+    metrics: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
+    out: Path
+
+
+def fit(
+    agent: Agent,
+    tasks: Sequence[Task],
+    reward: Reward | None,
+    config: FitConfig,
+    *,
+    heldout: Mapping[str, Sequence[Task]] | None = None,
+    demonstrations: Sequence[Demonstration] = (),
+    alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]] = lambda rollouts, iteration: rollouts,
+    data_hash: str = "",
+) -> Fitted:
+    """Trains the policy that answers `agent`'s calls.
+
+    Args:
+      agent: `agent(task, base_url, api_key)`, sync or async; see the module.
+      tasks: what is trained on. reward: `reward(task, target, answer)`, or None where the agent knows its reward.
+      heldout: tasks that are only evaluated, by the name their reward gets in the metrics.
+      demonstrations: runs to imitate before anything else, in which every call has its answer.
+      alter: changes an iteration's rollouts before they are learned from; for control experiments.
+      data_hash: names the data in the manifest; by default the hash of the tasks.
+
+    Raises:
+      UserError: a setting or a folder that cannot be used, or nothing to learn from.
+    """
+    check_tasks(tasks, heldout or {})
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    out = Path(config.out)
+    recipe = _user_errors(get_recipe, config.recipe)
+    mesh = _user_errors(make_mesh, config.data_parallel, config.fsdp, config.tensor_parallel)
+    write_manifest(out, config, data_hash or tasks_hash(tasks))
+    policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.value_target is not None, mesh=mesh)
+
+    optimizer = make_optimizer(
+        OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+    )
+    step = TrainStep(policy.config, recipe, optimizer, mesh)
+    state = step.init(policy.params)
+    checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
+    log = MetricsLog(out)
+    done = -1
+    if (latest := checkpoints.latest()) is not None:
+        tree, host = checkpoints.restore(latest, dataclass_dict(state))
+        state, done = TrainState(**tree), int(host["iteration"])
+    log.truncate_after(done)
+
+    sampler = PolicySampler(
+        policy.params,
+        policy.config,
+        policy.tokenizer,
+        SamplerSettings(slots=config.slots, context_length=config.context_length),
+    )
+    store = Store(out / "rollouts.sqlite")
+    gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
+    with Progress(config.iterations, done) as progress, sampler:
+        try:
+            gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
+            gateway.start()
+        except GatewayError as error:
+            raise UserError(str(error)) from error
+        try:
+            runner = Runner(
+                gateway,
+                agent,
+                reward,
+                RunnerSettings(config.concurrency, config.time_limit, config.max_attempts),
+                intermediate=intermediate_rewards(config.intermediate),
+                store=store,
+            )
+            run = Run(
+                settings=LoopSettings(
+                    seed=config.seed,
+                    iterations=config.iterations,
+                    tasks_per_iteration=config.tasks_per_iteration,
+                    rollouts_per_task=config.rollouts_per_task,
+                    updates_per_iteration=config.updates_per_iteration,
+                    eval_every=config.eval_every,
+                    train_roles=config.train_roles or None,
+                    sampling=SamplingOverrides(temperature=config.temperature, top_p=1.0, top_k=0, max_tokens=config.max_tokens),
+                ),
+                runner=runner,
+                sampler=sampler,
+                step=step,
+                rows=row_settings(config),
+                tasks=tasks,
+                heldout=heldout or {},
+                reference=policy.params if recipe.kl is not None else None,
+                alter=alter,
+                log=log,
+                checkpoints=checkpoints,
+                on_rollout=progress.on_rollout,
+                on_iteration=progress.on_iteration,
+            )
+            state = train(run, state, done)
+        finally:
+            gateway.stop()
+            store.close()
+            checkpoints.close()
+            log.close()
+    trained = dataclasses.replace(policy, params=state.params)
+    save_policy(out / "policy", trained)
+    metrics = tuple(log.read())
+    plot_rewards(metrics, out / "reward.png")
+    return Fitted(trained, metrics, out)
+
+
+def check_tasks(tasks: Sequence[Task], heldout: Mapping[str, Sequence[Task]]) -> None:
+    """Refuses no tasks, two of one id, and a held-out task that is also trained on."""
+    if not tasks:
+        raise UserError("there are no tasks to train on")
+    ids = {task.id for task in tasks}
+    if len(ids) < len(tasks):
+        raise UserError("two tasks have the same id; every task needs one of its own")
+    inputs = {json.dumps(dict(task.input), sort_keys=True) for task in tasks}
+    for name, others in heldout.items():
+        for task in others:
+            if json.dumps(dict(task.input), sort_keys=True) in inputs:
+                raise UserError(f"the {name} task {task.id} is also among the training tasks")
+
+
+def tasks_hash(tasks: Sequence[Task]) -> str:
+    text = json.dumps([[t.id, dict(t.input), t.target] for t in tasks], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(out: Path, config: FitConfig, data_hash: str) -> None:
+    """Writes manifest.json, or checks that the one there is of the same settings and data."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "manifest.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        ours, theirs = same_run(config) | {"data": data_hash}, before.get("settings", {}) | {"data": before.get("data_hash")}
+        different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if different:
+            k = different[0]
+            raise UserError(
+                f"{out} holds a run of another config ({k}={theirs.get(k)}, now {ours.get(k)}): give another --out or the same settings"
+            )
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(manifest(same_run(config), dataclasses.asdict(config), data_hash), indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def intermediate_rewards(names: Sequence[str]) -> tuple[Callable[[Rollout], tuple[float, ...]], ...]:
+    from lightningrl.runtime import intermediate
+
+    known = {"tool_error": intermediate.tool_error, "repeated_call": intermediate.repeated_call}
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
+    return tuple(known[name] for name in names)
+
+
+def _user_errors(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandConfig(FitConfig):
+    """The command line's settings."""
+
+    agent: str = setting("", "the agent, as package.module:function")
+    tasks: str = setting("", "JSON lines, one task each; `id` and `target` are optional, the agent gets the rest")
+    heldout: str | None = setting(None, "JSON lines of tasks that are only evaluated; none: every tenth task")
+    reward: str | None = setting(None, "a reward function of (task, target, answer), as package.module:function")
+
+
+def main() -> None:
+    config = flags.config_from_flags(CommandConfig)
+    if not config.agent or not config.tasks:
+        raise UserError("give --agent=package.module:function and --tasks=tasks.jsonl")
+    agent = load_function(config.agent)
+    reward = load_function(config.reward) if config.reward else None
+    tasks = load_tasks(Path(config.tasks))
+    if config.heldout:
+        heldout = load_tasks(Path(config.heldout))
+    else:
+        tasks, heldout = [t for i, t in enumerate(tasks) if i % 10], tasks[::10]
+    started = time.time()
+    fitted = fit(agent, tasks, reward, config, heldout={"heldout": heldout})
+    first, last = fitted.metrics[0], fitted.metrics[-1]
+    print(
+        f"held-out reward {first['heldout_reward']:.3f} -> {last['heldout_reward']:.3f} on {len(heldout)} tasks, "
+        f"{time.time() - started:.0f} s; policy in {fitted.out / 'policy'}"
+    )
+
+
+if __name__ == "__main__":
+    flags.define_flags(CommandConfig)
+    flags.run_app(main)

@@ -1,0 +1,48 @@
+"""The critic's loss."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lightningrl.losses.metrics import Metrics, metric_means
+from lightningrl.table import Array, LossInputs
+
+
+def value_loss(inputs: LossInputs, *, clip: float | None = 0.2) -> tuple[Array, Array, Metrics]:
+    """Squared error of a turn critic, clipped around the value that the update started from (arXiv 2005.12729).
+
+      ℓ = ½ max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²),   R the λ-return that goes with the advantage
+
+    A turn has one state before it, read at the node of its first token. The units of this loss are these states, not tokens:
+    `keep` is also the mask to aggregate under, and with `token_mean` the result is the mean over transitions.
+
+    Args:
+      inputs: E edges; reads `value`, `old_value`, `value_target`, `tokens.k` and `tokens.mask`.
+      clip: ε > 0, or None for the plain squared error.
+
+    Returns:
+      loss f32[E]; keep bool[E], the masked edges with k = 0; and pairs (sum, transitions) of `value_error_squared_mean`,
+      `value_clip_fraction`, `value_target_mean` and `value_target_squared_mean`.
+
+    Raises:
+      ValueError: ε is not positive.
+    """
+    if clip is not None and clip <= 0:
+        raise ValueError(f"The value loss's clip is {clip}: it must be positive, or None for no clipping.")
+    keep = jnp.logical_and(inputs.tokens.mask, inputs.tokens.k == 0)
+    chex.assert_equal_shape([inputs.value, inputs.old_value, inputs.value_target, keep])
+    value = jnp.where(keep, inputs.value, 0.0)
+    old = jax.lax.stop_gradient(jnp.where(keep, inputs.old_value, 0.0))
+    target = jax.lax.stop_gradient(jnp.where(keep, inputs.value_target, 0.0))
+
+    error = (value - target) ** 2
+    near = error if clip is None else (jnp.clip(value, old - clip, old + clip) - target) ** 2
+    rates = {
+        "value_error_squared_mean": error,
+        "value_clip_fraction": near > error,
+        "value_target_mean": target,
+        "value_target_squared_mean": target**2,
+    }
+    return 0.5 * jnp.maximum(error, near), keep, metric_means(rates, keep)

@@ -1,0 +1,1 @@
+"""The policy: a decoder in pure JAX over a parameter pytree."""

@@ -1,0 +1,84 @@
+"""The decoder as pure functions of a parameter pytree.
+
+`forward` computes rows of tries for training; `extend` computes some new tokens of some conversations against a key/value
+cache, for sampling. Both run the same `block`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lightningrl.model.attention import attend_rows, tree_mask
+from lightningrl.model.config import ModelConfig
+from lightningrl.model.params import Params
+from lightningrl.model.rope import rotate, rotation
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q [B,K,G,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,K,G,T,d]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / √(mean(x²) + ε) · scale (arXiv 1910.07467), in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
+
+
+def block(layer: Params, config: ModelConfig, x: jax.Array, rope: tuple[jax.Array, jax.Array], attention: Attention) -> jax.Array:
+    """One layer. x: float [B, T, D]; rope: cos and sin [B, 1, 1, T, d/2]; `attention` sees the new tokens' q, k and v."""
+    c, (b, t, d) = config, x.shape
+    groups = c.queries_per_kv
+    flat = x.reshape(b * t, d)  # matmuls over 2-D operands: XLA on CPU is quick only there
+
+    h = rms_norm(flat, layer["attention_norm"], c.norm_eps)
+    qkv = (h @ layer["qkv"].reshape(d, -1)).reshape(b, t, c.num_kv_heads, groups + 2, c.head_dim)
+    if c.qkv_bias:
+        qkv = qkv + layer["qkv_bias"]
+    qkv = qkv.transpose(0, 2, 3, 1, 4)  # [B, K, G + 2, T, d]
+    q, k, v = qkv[:, :, :groups], qkv[:, :, groups], qkv[:, :, groups + 1]
+    if c.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], c.norm_eps), rms_norm(k, layer["k_norm"], c.norm_eps)
+    cos, sin = rope
+    mixed = attention(rotate(q, cos, sin), rotate(k, cos[:, 0], sin[:, 0]), v)
+    mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b * t, -1)
+    flat = flat + mixed @ layer["attention_out"].reshape(-1, d)
+
+    h = rms_norm(flat, layer["mlp_norm"], c.norm_eps)
+    gate, up = jnp.split(h @ layer["gate_up"].reshape(d, -1), 2, axis=-1)
+    return (flat + (jax.nn.silu(gate) * up) @ layer["down"]).reshape(b, t, d)
+
+
+def rope_of(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cos, sin = rotation(config, positions)
+    return cos[:, None, None], sin[:, None, None]
+
+
+def forward(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, end: jax.Array) -> jax.Array:
+    """Hidden states of rows of tries, after the final norm.
+
+    Args:
+      tokens: int32 [B, T]; positions: int32 [B, T], depth in the trie; end: int32 [B, T], see `tree_mask`.
+
+    Returns:
+      float [B, T, D]. Padding's are finite and mean nothing.
+    """
+    mask = tree_mask(end)
+    rope = rope_of(config, positions)
+    x = params["embedding"][tokens]
+    for layer in params["layers"]:
+        x = block(layer, config, x, rope, lambda q, k, v: attend_rows(q, k, v, mask))
+    return rms_norm(x, params["final_norm"], config.norm_eps)
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Next-token logits. hidden: float [..., D] -> float32 [..., V]."""
+    head = params["embedding"].T if config.tie_embeddings else params["head"]
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def values(params: Params, hidden: jax.Array) -> jax.Array:
+    """The critic's value of the state after each token. hidden: float [..., D] -> float32 [...]; 0 without a critic."""
+    if "value_head" not in params:
+        return jnp.zeros(hidden.shape[:-1], jnp.float32)
+    return jnp.sum(hidden.astype(jnp.float32) * params["value_head"], axis=-1)

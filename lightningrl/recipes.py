@@ -1,0 +1,152 @@
+"""Named algorithms: a credit, an advantage, a spread, a loss and an aggregation, put together.
+
+A recipe is data. `dataclasses.replace(get_recipe("lightningrl"), kl=k3, kl_coef=0.01)` is another one, and an assigner of one's
+own is a function in the place of `credit`. `python -m lightningrl.recipes` prints the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import textwrap
+from collections.abc import Callable
+
+from lightningrl import advantages, credit, losses
+from lightningrl.losses.aggregation import Aggregate
+from lightningrl.losses.metrics import Metrics
+from lightningrl.table import Array, Credit, Evidence, LossInputs, TokenTable, TransitionTable, UnitCounts
+
+CreditFn = Callable[[TransitionTable, Evidence], Credit]
+AdvantageFn = Callable[[TransitionTable, Credit, Evidence], Array]
+SpreadFn = Callable[[TransitionTable, TokenTable, Array, Evidence], Array]
+LossFn = Callable[[LossInputs], tuple[Array, Array, Metrics]]
+AggregationFn = Callable[[Array, Array, UnitCounts], Aggregate]
+KlFn = Callable[[LossInputs], Array]
+ValueTargetFn = Callable[[TransitionTable, Evidence], Array]
+
+_clip = functools.partial(losses.ppo_clip, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One algorithm. The objective is aggregation(loss) + kl_coef · aggregation(kl) - entropy_coef · aggregation(entropy)
+    + value_coef · value_aggregation(value_loss), each sum divided by its own denominator."""
+
+    name: str
+    arxiv: str
+    use_when: str
+    credit: CreditFn
+    advantage: AdvantageFn
+    loss: LossFn
+    aggregation: AggregationFn
+    spread: SpreadFn = advantages.broadcast
+    needs: tuple[str, ...] = ()  # fields of Evidence that must be filled
+    kl: KlFn | None = None  # needs a reference policy
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    value_target: ValueTargetFn | None = None  # f32[N], what a critic learns; None for no critic
+    value_loss: LossFn = losses.value_loss
+    value_aggregation: AggregationFn = losses.token_mean  # under the mask of the states that the value loss keeps
+    value_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        fields = [field.name for field in dataclasses.fields(Evidence)]
+        for need in self.needs:
+            if need not in fields:
+                raise ValueError(f"Recipe {self.name!r} needs {need!r}, which is no field of Evidence: {', '.join(fields)}.")
+        if (self.kl is None) != (self.kl_coef == 0.0):
+            raise ValueError(f"Recipe {self.name!r} must set both kl and kl_coef, or neither.")
+        if (self.value_target is None) != (self.value_coef == 0.0):
+            raise ValueError(f"Recipe {self.name!r} must set both value_target and value_coef, or neither.")
+
+
+_LIGHTNINGRL = Recipe(
+    name="lightningrl",
+    arxiv="2508.03680, 2608.17528",
+    use_when="the outcome is all there is: every rollout weighs one, however many calls it made",
+    credit=credit.identical,
+    advantage=advantages.group_norm,
+    loss=_clip,
+    aggregation=losses.rollout_mean,
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="lightningrl_paper",
+            arxiv="2508.03680",
+            use_when="you reproduce the paper: all calls of a task form one group, every token weighs the same",
+            credit=credit.identical,
+            advantage=functools.partial(advantages.group_norm, count="transitions"),
+            loss=_clip,
+            aggregation=losses.token_mean,
+        ),
+        _LIGHTNINGRL,
+        dataclasses.replace(
+            _LIGHTNINGRL,
+            name="lightningrl_rtg",
+            arxiv="2508.03680",
+            use_when="tools pay intermediate rewards: a call answers for what follows it (without any, it is lightningrl)",
+            credit=functools.partial(credit.reward_to_go, gamma=1.0),
+        ),
+        # Turn-PPO takes the ratio per turn as well; here the ratio stays per token and only the advantage is per turn.
+        Recipe(
+            name="ppo",
+            arxiv="2512.17008",
+            use_when="rollouts are long, or a task has too few of them for a group: a critic tells turns apart",
+            credit=functools.partial(credit.gae, gamma=0.99, lambda_=0.9),
+            advantage=functools.partial(advantages.whiten, shift_mean=False),
+            loss=_clip,
+            aggregation=losses.rollout_mean,
+            needs=("value",),
+            value_target=functools.partial(credit.gae_value_target, gamma=0.99, lambda_=0.9),
+            value_coef=0.5,
+        ),
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+      ValueError: there is none; the sentence lists those there are.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}.")
+    return RECIPES[name]
+
+
+def describe(function: Callable) -> str:
+    """A stage as one would call it: its name and the settings that `functools.partial` fixed."""
+    if not isinstance(function, functools.partial):
+        return function.__name__
+    settings = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
+    return f"{describe(function.func)}({settings})"
+
+
+def table_text() -> str:
+    """All recipes, one paragraph each."""
+    paragraphs = []
+    for recipe in RECIPES.values():
+        lines = {
+            "use it when": recipe.use_when,
+            "credit": describe(recipe.credit),
+            "advantage": describe(recipe.advantage),
+            "spread": describe(recipe.spread),
+            "loss": describe(recipe.loss),
+            "aggregation": describe(recipe.aggregation),
+            "needs": ", ".join(recipe.needs) or "nothing but the rollouts",
+        }
+        if recipe.value_target is not None:
+            lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(recipe.value_target)}"
+        body = "\n".join(
+            textwrap.fill(text, 100, initial_indent=f"  {key:<13}", subsequent_indent=" " * 15) for key, text in lines.items()
+        )
+        paragraphs.append(f"{recipe.name}  (arXiv {recipe.arxiv})\n{body}")
+    return "\n\n".join(paragraphs)
+
+
+if __name__ == "__main__":
+    print(table_text())

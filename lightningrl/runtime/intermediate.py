@@ -1,0 +1,106 @@
+"""Rewards of single calls, read off what passed through the gateway (automatic intermediate rewarding, arXiv 2508.03680, §3.2).
+
+Each function maps a rollout to one number per transition. The runner adds them to the transitions' rewards and never to the
+outcome: what is measured stays what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightningrl.types import Rollout, Transition
+
+ERROR_LINE = re.compile(r"^result:\s*error", re.IGNORECASE | re.MULTILINE)
+
+
+def tool_error(rollout: Rollout, penalty: float = -0.1) -> tuple[float, ...]:
+    """`penalty` for every call whose output a tool answered with an error.
+
+    The error is seen where the agent shows it to the policy: in a later call, as a tool message that starts with "error", or as
+    a line "Result: error…" in a user message. It is charged to the call that this one continues. A new conversation continues
+    none (a checker's, which quotes the writer's query): there it is the latest earlier call whose text the message quotes. A
+    call is charged once, however often its error is shown.
+    """
+    rewards = [0.0] * len(rollout.transitions)
+    index = {transition.turn: i for i, transition in enumerate(rollout.transitions)}
+    for i, transition in enumerate(rollout.transitions):
+        for culprit in _answered_with_error(rollout.transitions, index, i, transition):
+            rewards[culprit] = penalty
+    return tuple(rewards)
+
+
+def repeated_call(rollout: Rollout, penalty: float = -0.1) -> tuple[float, ...]:
+    """`penalty` for every call that gives an identical response to an identical prompt, after the first of its kind."""
+    seen: set[tuple[str, bytes, bytes]] = set()
+    rewards = []
+    for transition in rollout.transitions:
+        call = (transition.role, transition.prompt_ids.tobytes(), transition.response_ids.tobytes())
+        rewards.append(penalty if call in seen else 0.0)
+        seen.add(call)
+    return tuple(rewards)
+
+
+def with_rewards(rollout: Rollout, functions: Sequence[Callable[[Rollout], tuple[float, ...]]]) -> Rollout:
+    """The rollout with what the functions give added to its transitions' rewards.
+
+    Raises:
+        ValueError: a function that doesn't give one finite number per transition.
+    """
+    totals = [transition.reward for transition in rollout.transitions]
+    for function in functions:
+        rewards = function(rollout)
+        if len(rewards) != len(totals) or not all(math.isfinite(reward) for reward in rewards):
+            raise ValueError(
+                f"the intermediate reward {getattr(function, '__name__', function)!s} gave {rewards} for {len(totals)} calls: "
+                "it must give one finite number per call"
+            )
+        totals = [total + float(reward) + 0.0 for total, reward in zip(totals, rewards, strict=True)]
+    transitions = (
+        dataclasses.replace(transition, reward=total) for transition, total in zip(rollout.transitions, totals, strict=True)
+    )
+    return dataclasses.replace(rollout, transitions=tuple(transitions))
+
+
+def _answered_with_error(
+    transitions: tuple[Transition, ...], index: Mapping[int, int], i: int, transition: Transition
+) -> Iterator[int]:
+    messages = transition.messages
+    last_reply = max((k for k, message in enumerate(messages) if message.get("role") == "assistant"), default=-1)
+    # Results before the last reply were answered in the conversation that this one continues, where they were charged.
+    errors = [message for message in messages[last_reply + 1 :] if _is_error(message)]
+    if not errors:
+        return
+    if transition.continues is not None:
+        yield index[transition.continues]
+        return
+    if last_reply >= 0:  # goes on in a conversation that was shortened or rewritten on the way
+        yield from [k for k in range(i) if transitions[k].role == transition.role][-1:]
+        return
+    for message in errors:
+        text = _text(message)
+        quoted = [k for k in range(i) if transitions[k].text.strip() and transitions[k].text.strip() in text]
+        if quoted:
+            yield quoted[-1]
+
+
+def _is_error(message: Mapping[str, Any]) -> bool:
+    match message.get("role"):
+        case "tool":
+            return _text(message).lstrip().lower().startswith("error")
+        case "user":
+            return ERROR_LINE.search(_text(message)) is not None
+        case _:
+            return False
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    return ""

@@ -1,0 +1,82 @@
+"""The policy that a run starts from: one from a folder or a new one, after imitation where there are demonstrations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lightningrl.config import FitConfig, cache_folder
+from lightningrl.errors import UserError
+from lightningrl.gateway.rendering import Renderer
+from lightningrl.model.config import ModelConfig
+from lightningrl.model.params import init_params
+from lightningrl.packing.rows import RowSettings
+from lightningrl.policy import Policy, load_policy, save_policy
+from lightningrl.progress import Progress
+from lightningrl.tokenizer import train_tokenizer
+from lightningrl.types import Task
+from lightningrl.warm_start import Demonstration, ImitationSettings, cached, encode, imitate
+
+
+def starting_policy(
+    config: FitConfig, out: Path, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool, mesh: Any
+) -> Policy:
+    """The policy of `--policy`, or a new one; after imitation where there are demonstrations. Kept in OUT/start."""
+    if (out / "start" / "config.json").exists():
+        return load_policy(out / "start")
+    policy = load_policy(Path(config.policy)) if config.policy else new_policy(config, demonstrations, tasks, critic=critic)
+    if demonstrations and config.imitation_steps:
+        policy = warm_started(policy, config, demonstrations, mesh)
+    save_policy(out / "start", policy)
+    return policy
+
+
+def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool) -> Policy:
+    """A small random decoder, and a tokenizer trained on what the agent will read and write."""
+    texts = [text for demo in demonstrations for call in demo for text in [*(str(m["content"]) for m in call.messages), call.response]]
+    texts += [json.dumps(dict(task.input), ensure_ascii=False) for task in tasks] if not demonstrations else []
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    shape = ModelConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        intermediate_size=config.intermediate_size,
+        max_positions=config.context_length,
+        value_head=critic,
+    )
+    return Policy(shape, init_params(shape, jax.random.key(config.seed)), tokenizer)
+
+
+def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Demonstration], mesh: Any) -> Policy:
+    """The policy after imitation; from the cache if the same was done before."""
+    renderer = Renderer(policy.tokenizer)
+    encoded = [encode(demonstration, renderer) for demonstration in demonstrations]
+    longest = max(len(t.prompt_ids) + len(t.response_ids) for demo in encoded for t in demo)
+    if longest > config.context_length:
+        raise UserError(f"a demonstrated call has {longest} tokens, more than context_length={config.context_length}")
+    settings = ImitationSettings(steps=config.imitation_steps, learning_rate=config.imitation_learning_rate)
+    arrays = [ids for demo in encoded for t in demo for ids in (t.prompt_ids, t.response_ids)]
+    arrays += [np.asarray(leaf) for leaf in jax.tree.leaves(policy.params)]
+    key = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(policy.config), "seed": config.seed}
+
+    def make() -> Any:
+        with Progress.imitation(settings.steps) as on_step:
+            return imitate(policy.params, policy.config, encoded, settings, row_settings(config), mesh, config.seed, on_step)
+
+    params = cached(cache_folder(config) / "warm_starts", key, arrays, policy.config, make)
+    return dataclasses.replace(policy, params=params)
+
+
+def row_settings(config: FitConfig) -> RowSettings:
+    """Row lengths up to the context."""
+    lengths = tuple(sorted({length for length in (128, 192, config.context_length) if length <= config.context_length}))
+    return RowSettings(lengths=lengths)

@@ -1,0 +1,197 @@
+"""The train step, shared by reinforcement learning and supervised training.
+
+An update adds up gradients over micro-batches, each term already divided by the denominator of the *whole* batch, then
+applies the optimizer once: how the batch is cut changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from lightningrl.model import decoder
+from lightningrl.model.config import ModelConfig
+from lightningrl.model.params import Params
+from lightningrl.packing.rows import Rows
+from lightningrl.recipes import Recipe
+from lightningrl.segments import safe_divide
+from lightningrl.sharding import batch_sharding, params_sharding, replicated
+from lightningrl.table import Array, LossInputs, TokenTable, UnitCounts
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, weight) pairs, which add up over micro-batches
+
+
+@struct.dataclass
+class TrainState:
+    params: Params
+    opt_state: Any
+    step: jax.Array  # int32 [], updates done
+
+
+@struct.dataclass
+class EdgeBatch:
+    """What a loss needs to know of edges before the forward pass. Every array [micro-batches, E], or [E] for one of them."""
+
+    tokens: TokenTable
+    counts: UnitCounts
+    advantage: Array  # float32
+    old_value: Array  # float32
+    value_target: Array  # float32
+
+
+@struct.dataclass
+class Scores:
+    """What the policy says of edges. Every array [E]."""
+
+    logp: jax.Array  # float32, of the tempered distribution
+    entropy: jax.Array  # float32
+    value: jax.Array  # float32
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    total_steps: int | None = None  # with it, cosine decay to a tenth; without, constant
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) behind a global-norm clip; matrices decay, norms and biases do not."""
+    s = settings
+    if s.total_steps is not None:
+        rate = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup_steps, s.total_steps, s.learning_rate / 10)
+    else:
+        rate = optax.linear_schedule(s.learning_rate / max(s.warmup_steps, 1), s.learning_rate, max(s.warmup_steps - 1, 0))
+    return optax.chain(
+        optax.clip_by_global_norm(s.max_grad_norm),
+        optax.adamw(
+            rate, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+        ),
+    )
+
+
+def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTable) -> Scores:
+    """Log-prob, entropy and value of every edge, read at its node. Log-softmax in float32 of logits / τ."""
+    hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end)
+    at_nodes = hidden.reshape(-1, hidden.shape[-1])[edges.node]  # [E, D]: logits of action tokens only
+    logp = jax.nn.log_softmax(decoder.logits(params, config, at_nodes) / edges.temperature[:, None], axis=-1)
+    return Scores(
+        logp=jnp.take_along_axis(logp, edges.token[:, None], axis=-1)[:, 0],
+        entropy=-jnp.sum(jnp.exp(logp) * logp, axis=-1),
+        value=decoder.values(params, at_nodes),
+    )
+
+
+class TrainStep:
+    """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
+
+    `score` reads, `update` trains. Both compile once per row length.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
+        self.config, self.recipe, self.optimizer, self.mesh = config, recipe, optimizer, mesh
+        self._params_at = params_sharding(config, mesh)
+        self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
+        self._score = jax.jit(
+            lambda params, rows, edges: score_edges(params, config, rows, edges),
+            in_shardings=(self._params_at, self._rows_at, self._whole),
+            out_shardings=self._whole,
+        )
+        self._denominators = jax.jit(self._denominators_of)
+        self._gradients_of = jax.grad(self._objective, has_aux=True)
+        self._accumulate = jax.jit(
+            lambda total, *batch: jax.tree.map(jnp.add, total, self._gradients_of(*batch)),
+            in_shardings=((self._params_at, self._whole), self._params_at, self._rows_at, self._whole, self._whole),
+            donate_argnums=0,
+        )
+        self._zeros: Any = None  # shapes of what is accumulated
+        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1))
+
+    def init(self, params: Params) -> TrainState:
+        """Fresh optimizer state around a copy of the parameters, sharded by the rules."""
+        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self._params_at)(params)
+        zero = jax.device_put(jnp.zeros((), jnp.int32), self._whole)
+        return TrainState(params=params, opt_state=jax.jit(self.optimizer.init)(params), step=zero)
+
+    def score(self, params: Params, rows: Sequence[Rows], edges: TokenTable) -> Scores:
+        """Scores of all edges, [micro-batches, E], without gradient."""
+        parts = [self._score(params, r, jax.tree.map(lambda x, i=i: x[i], edges)) for i, r in enumerate(rows)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+    def update(self, state: TrainState, rows: Sequence[Rows], edges: EdgeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step on a batch. `state` is donated. Metrics are means over the masked edges of the whole batch."""
+        if not rows:
+            raise ValueError("an update needs at least one micro-batch")
+        denominators = self._denominators(edges)
+        total = None
+        for i, r in enumerate(rows):
+            batch = (state.params, r, jax.tree.map(lambda x, i=i: x[i], edges), denominators)
+            total = self._accumulate(self._nothing(batch) if total is None else total, *batch)
+        assert total is not None
+        return self._apply(state, *total)
+
+    def _nothing(self, batch: Any) -> tuple[Params, Metrics]:
+        if self._zeros is None:
+            self._zeros = jax.eval_shape(self._gradients_of, *batch)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._zeros)
+
+    # ---- traced
+    def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:
+        """Of each aggregation, from masks alone: they do not depend on the policy."""
+        tokens, zeros = edges.tokens, jnp.zeros(jnp.shape(edges.tokens.mask), jnp.float32)
+        first = jnp.logical_and(tokens.mask, tokens.k == 0)
+        return {
+            "policy": self.recipe.aggregation(zeros, tokens.mask, edges.counts)[1],
+            "value": self.recipe.value_aggregation(zeros, first, edges.counts)[1],
+        }
+
+    def _objective(
+        self, params: Params, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
+        r, tokens, counts = self.recipe, edges.tokens, edges.counts
+        scores = score_edges(params, self.config, rows, tokens)
+        inputs = LossInputs(
+            tokens=tokens,
+            counts=counts,
+            advantage=edges.advantage,
+            logp=scores.logp,
+            entropy=scores.entropy,
+            value=scores.value,
+            old_value=edges.old_value,
+            value_target=edges.value_target,
+        )
+        loss, keep, metrics = r.loss(inputs)
+        pairs = {
+            "loss": r.aggregation(jnp.where(keep, loss, 0.0), tokens.mask, counts),
+            "entropy": r.aggregation(scores.entropy, tokens.mask, counts),
+        }
+        objective = safe_divide(pairs["loss"][0] - r.entropy_coef * pairs["entropy"][0], denominators["policy"])
+        if r.kl is not None:
+            pairs["kl"] = r.aggregation(r.kl(inputs), tokens.mask, counts)
+            objective += r.kl_coef * safe_divide(pairs["kl"][0], denominators["policy"])
+        if r.value_target is not None:
+            value_loss, first, value_metrics = r.value_loss(inputs)
+            pairs["value_loss"] = r.value_aggregation(value_loss, first, counts)
+            objective += r.value_coef * safe_divide(pairs["value_loss"][0], denominators["value"])
+            metrics = metrics | value_metrics
+        return objective, metrics | pairs
+
+    def _apply_gradients(
+        self, state: TrainState, gradients: Params, pairs: Metrics
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {name: safe_divide(*pair) for name, pair in pairs.items()}
+        metrics["grad_norm"] = optax.global_norm(gradients)
+        after = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
+        return after, metrics

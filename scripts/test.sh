@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Style, types and the whole test suite; --fast leaves out the tests marked slow.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+selection=()
+for argument in "$@"; do
+    case "$argument" in
+        --fast) selection=(-m "not slow") ;;
+        --help | -h)
+            echo "usage: scripts/test.sh [--fast] [--help]    style, types and all tests; --fast leaves out the slow ones"
+            exit 0
+            ;;
+        *) die 2 "unknown argument $argument; see --help." ;;
+    esac
+done
+
+setup_env test
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy lightningrl experiments
+# Tests of one file share compiled programs, so a file stays in one process.
+exec "$PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile ${selection[@]+"${selection[@]}"}

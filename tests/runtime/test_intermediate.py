@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightningrl.runtime import repeated_call, tool_error
+from lightningrl.runtime.intermediate import with_rewards
+from lightningrl.types import Rollout, Task, Transition
+
+
+def call(
+    text: str, *messages: tuple[str, Any], role: str = "writer", continues: int | None = None, reward: float = 0.0
+) -> Transition:
+    sent = tuple({"role": speaker, "content": content} for speaker, content in messages)
+    prompt = np.frombuffer(repr(sent).encode(), np.uint8).astype(np.int32)
+    response = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    logprobs = np.zeros(len(response), np.float32)
+    return Transition(
+        prompt, response, logprobs, 1.0, 0, role, turn=0, reward=reward, continues=continues, messages=sent, text=text
+    )
+
+
+def run(*calls: Transition) -> Rollout:
+    numbered = tuple(dataclasses.replace(each, turn=turn) for turn, each in enumerate(calls))
+    return Rollout("r", Task("t", {}), "g", 0, 0, numbered, {"reward": 1.0})
+
+
+ASK = ("user", "how many?")
+
+
+def test_a_tool_message_with_an_error_is_charged_to_the_call_it_answers() -> None:
+    first = call("<tool_call>a</tool_call>", ASK)
+    second = call("<tool_call>b</tool_call>", ASK, ("assistant", None), ("tool", "Error: no such table"), continues=0)
+    shown = (ASK, ("assistant", None), ("tool", "Error: no such table"), ("assistant", None), ("tool", "42"))
+    third = call("done", *shown, continues=1)
+    assert tool_error(run(first, second, third)) == (-0.1, 0.0, 0.0)
+    assert tool_error(run(first, second, third), penalty=-1.0) == (-1.0, 0.0, 0.0)
+
+
+def test_of_several_tool_results_one_error_is_charged_once() -> None:
+    first = call("two calls", ASK)
+    second = call("done", ASK, ("assistant", None), ("tool", "error: a"), ("tool", "42"), ("tool", "ERROR: b"), continues=0)
+    assert tool_error(run(first, second)) == (-0.1, 0.0)
+
+
+def test_a_result_line_in_a_user_message_counts_and_is_charged_once() -> None:
+    """The text-to-SQL agent: the checker's new conversation quotes the query, the rewriter goes on in the writer's."""
+    writer = call("SELECT x", ASK)
+    checker = call("INCORRECT", ("user", "how many?\nSELECT x\nResult: error: no such column: x"), role="checker")
+    complaint = "Result: error: no such column: x\nThe check says INCORRECT. Write it again."
+    rewriter = call("SELECT y", ASK, ("assistant", "SELECT x"), ("user", complaint), role="rewriter", continues=0)
+    second_check = call("CORRECT", ("user", "how many?\nSELECT y\nResult: 3"), role="checker")
+    assert tool_error(run(writer, checker, rewriter, second_check)) == (-0.1, 0.0, 0.0, 0.0)
+    assert tool_error(run(writer, checker)) == (-0.1, 0.0)
+
+
+def test_the_latest_call_that_is_quoted_pays() -> None:
+    first, second = call("SELECT 1", ASK), call("SELECT 1", ASK)
+    checker = call("INCORRECT", ("user", "SELECT 1\nresult: ERROR"), role="checker")
+    assert tool_error(run(first, second, checker)) == (0.0, -0.1, 0.0)
+
+
+def test_a_conversation_that_was_shortened_is_charged_to_the_last_call_of_its_role() -> None:
+    other = call("hm", ("user", "what?"), role="checker")
+    rollout = run(call("a", ASK), other, call("b", ("assistant", "…"), ("tool", "error: late")))
+    assert tool_error(rollout) == (-0.1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ("tool", "42"),
+        ("tool", "no error here"),
+        ("user", "Errors are human"),
+        ("user", "The Result: error is in the middle of a line"),
+        ("assistant", "error: I give up"),
+        ("user", None),
+        ("tool", [{"type": "image_url", "image_url": "x"}]),
+    ],
+)
+def test_what_is_no_error(message: tuple[str, Any]) -> None:
+    assert tool_error(run(call("a", ASK), call("b", ASK, ("assistant", "a"), message, continues=0))) == (0.0, 0.0)
+
+
+def test_text_in_parts_is_read() -> None:
+    parts = [{"type": "text", "text": "error: "}, {"type": "text", "text": "no"}]
+    assert tool_error(run(call("a", ASK), call("b", ASK, ("assistant", "a"), ("tool", parts), continues=0))) == (-0.1, 0.0)
+
+
+def test_an_error_that_answers_no_known_call_costs_nobody() -> None:
+    assert tool_error(run(call("a", ("user", "Result: error: given by the task")))) == (0.0,)
+
+
+def test_repeated_calls() -> None:
+    same, again = call("a", ASK), call("a", ASK)
+    rollout = run(same, call("b", ASK), again, call("a", ("user", "other")), call("a", ASK, role="checker"), call("a", ASK))
+    assert repeated_call(rollout) == (0.0, 0.0, -0.1, 0.0, 0.0, -0.1)
+    assert repeated_call(rollout, penalty=-2.0) == (0.0, 0.0, -2.0, 0.0, 0.0, -2.0)
+
+
+@pytest.mark.parametrize("function", [tool_error, repeated_call])
+def test_no_calls(function: Any) -> None:
+    assert function(run()) == ()
+
+
+def test_rewards_add_up_on_the_calls_and_never_on_the_outcome() -> None:
+    rollout = run(call("a", ASK, reward=1.0), call("a", ASK))
+    shaped = with_rewards(rollout, (repeated_call, lambda rollout: (0.5, 0.25)))
+    assert [transition.reward for transition in shaped.transitions] == [1.5, 0.25 - 0.1]
+    assert shaped.outcome == {"reward": 1.0}
+    assert [transition.reward for transition in rollout.transitions] == [1.0, 0.0]

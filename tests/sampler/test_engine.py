@@ -1,0 +1,166 @@
+"""The sampler gives a request the same tokens whatever else is running, and the trainer's log-probs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import jax
+import numpy as np
+import pytest
+
+from lightningrl.model.params import init_params
+from lightningrl.packing.rows import RowSettings, pack
+from lightningrl.sampler.engine import PolicySampler, SamplerSettings
+from lightningrl.train import score_edges
+from lightningrl.types import Completion, SamplingParams, Transition
+from tests.tiny import tiny_policy
+
+SETTINGS = SamplerSettings(slots=8, context_length=128, prefill_rows=4, chunk=16, steps=3)
+
+
+def sampler(settings: SamplerSettings = SETTINGS, seed: int = 0) -> PolicySampler:
+    policy = tiny_policy(seed)
+    return PolicySampler(policy.params, policy.config, policy.tokenizer, settings)
+
+
+def requests(count: int, vocabulary: int = 300) -> list[tuple[np.ndarray, SamplingParams, tuple[int, int]]]:
+    rng = np.random.default_rng(0)
+    kinds = [SamplingParams(20), SamplingParams(12, temperature=0.7), SamplingParams(8, temperature=0.0), SamplingParams(9, top_p=0.8, top_k=7)]
+    return [
+        (rng.integers(7, vocabulary, rng.integers(1, 70)).astype(np.int32), kinds[i % 4], (i, int(rng.integers(2**32))))
+        for i in range(count)
+    ]
+
+
+def run(engine: PolicySampler, work: list, concurrency: int) -> list[Completion]:
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(lambda r: engine.submit(*r).result(timeout=60), work))
+
+
+def test_same_tokens_and_logprobs_at_any_concurrency() -> None:
+    work = requests(48)
+    results = []
+    for concurrency in (1, 7, 48):
+        with sampler() as engine:
+            results.append(run(engine, work, concurrency))
+    for alone, *others in zip(*results, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(alone.token_ids, other.token_ids)
+            np.testing.assert_array_equal(alone.logprobs, other.logprobs)
+            assert alone.finish_reason == other.finish_reason
+
+
+def test_logprobs_are_those_of_the_trainer() -> None:
+    work = [(p, s, k) for p, s, k in requests(24) if not s.truncated and s.temperature > 0]
+    with sampler() as engine:
+        done = run(engine, work, 8)
+    policy = tiny_policy()
+    transitions = [
+        Transition(prompt, c.token_ids, c.logprobs, params.temperature, 0, "policy", 0)
+        for (prompt, params, _), c in zip(work, done, strict=True)
+    ]
+    packed = pack(transitions, range(len(work)), range(len(work)), RowSettings((64, 128), tokens=512, edges=256))
+    for i, rows in enumerate(packed.rows):
+        edges = jax.tree.map(lambda x, i=i: x[i], packed.edges)
+        scores = score_edges(policy.params, policy.config, rows, edges)
+        # float32 rounding of two differently shaped programs, on log-probs of up to 10 nats
+        np.testing.assert_allclose(np.asarray(scores.logp)[edges.mask], edges.behaviour_logp[edges.mask], rtol=0, atol=2e-5)
+
+
+def test_greedy_is_the_likeliest_token_and_ignores_the_key() -> None:
+    prompt = np.arange(10, 40, dtype=np.int32)
+    with sampler() as engine:
+        a = engine.submit(prompt, SamplingParams(10, temperature=0.0, top_logprobs=3), (1, 2)).result(60)
+        b = engine.submit(prompt, SamplingParams(10, temperature=0.0), (3, 4)).result(60)
+    np.testing.assert_array_equal(a.token_ids, b.token_ids)
+    np.testing.assert_array_equal(a.logprobs, b.logprobs)
+    assert [top[0][0] for top in a.top] == a.token_ids.tolist()
+    assert [top[0][1] for top in a.top] == pytest.approx(a.logprobs.tolist(), abs=1e-6)
+
+
+def test_samples_follow_the_distribution() -> None:
+    """2,000 samples of one token: every likely token's frequency within five standard errors of its probability."""
+    prompt = np.array([20, 21, 22], np.int32)
+    count = 2000
+    with sampler() as engine:
+        futures = [engine.submit(prompt, SamplingParams(1, temperature=0.5), (i, 7)) for i in range(count)]
+        done = [f.result(120) for f in futures]
+    probability = {int(c.token_ids[0]): float(np.exp(c.logprobs[0])) for c in done}
+    seen = {t: np.mean([c.token_ids[0] == t for c in done]) for t in probability}
+    likely = [t for t, p in probability.items() if p > 0.01]
+    assert likely
+    for t in likely:
+        p = probability[t]
+        assert abs(seen[t] - p) < 5 * np.sqrt(p * (1 - p) / count)
+
+
+def test_top_k_and_top_p_keep_what_they_say() -> None:
+    prompt = np.array([30, 31, 32, 33], np.int32)
+    with sampler() as engine:
+        likeliest = engine.submit(prompt, SamplingParams(1, top_logprobs=20), (0, 0)).result(60).top[0]
+        top_k = {int(engine.submit(prompt, SamplingParams(1, top_k=3), (i, 1)).result(60).token_ids[0]) for i in range(60)}
+        mass = np.cumsum([np.exp(lp) for _, lp in likeliest])
+        p = float((mass[3] + mass[4]) / 2)  # the nucleus is then exactly the five likeliest
+        top_p = {int(engine.submit(prompt, SamplingParams(1, top_p=p), (i, 1)).result(60).token_ids[0]) for i in range(60)}
+    assert top_k <= {t for t, _ in likeliest[:3]} and len(top_k) > 1
+    assert top_p <= {t for t, _ in likeliest[:5]} and len(top_p) > 1
+
+
+def test_stop_string_ends_the_response_and_is_cut_from_its_text() -> None:
+    prompt = np.arange(50, 80, dtype=np.int32)
+    with sampler() as engine:
+        whole = engine.submit(prompt, SamplingParams(30), (5, 6)).result(60)
+        assert len(whole.text) > 8
+        stop = whole.text[4:6]
+        cut = engine.submit(prompt, SamplingParams(30, stop=(stop,)), (5, 6)).result(60)
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.find(stop)]
+    np.testing.assert_array_equal(cut.token_ids, whole.token_ids[: len(cut.token_ids)])
+    assert len(cut.logprobs) == len(cut.token_ids) <= len(whole.token_ids)
+
+
+def test_max_tokens_and_context_limit_end_with_length() -> None:
+    with sampler() as engine:
+        c = engine.submit(np.arange(10, 20, dtype=np.int32), SamplingParams(3), (0, 1)).result(60)
+        long = engine.submit(np.arange(10, 130, dtype=np.int32), SamplingParams(100), (0, 1)).result(60)
+        with pytest.raises(ValueError, match="does not fit a context of 128"):
+            engine.submit(np.zeros(128, np.int32), SamplingParams(1), (0, 1))
+    assert (len(c.token_ids), c.finish_reason) == (3, "length") or c.finish_reason == "stop"
+    assert len(long.token_ids) <= 8
+
+
+def test_cancelled_requests_free_their_slots() -> None:
+    with sampler() as engine:
+        futures = [engine.submit(p, SamplingParams(60), k) for p, _, k in requests(40)]
+        for future in futures[::2]:
+            future.cancel()
+        for future in futures[1::2]:
+            future.result(60)
+        assert engine.submit(np.array([9, 8], np.int32), SamplingParams(2), (0, 0)).result(60).token_ids.size > 0
+        assert engine.queue_length == 0
+
+
+def test_new_weights_are_used_and_named() -> None:
+    prompt = np.arange(10, 40, dtype=np.int32)
+    with sampler() as engine:
+        before = engine.submit(prompt, SamplingParams(20), (1, 1)).result(60)
+        engine.set_params(init_params(tiny_policy().config, jax.random.key(9)), 5)
+        after = engine.submit(prompt, SamplingParams(20), (1, 1)).result(60)
+    assert (before.policy_version, after.policy_version) == (0, 5)
+    assert not np.array_equal(before.logprobs, after.logprobs)
+
+
+def test_stopping_fails_what_is_waiting() -> None:
+    engine = sampler().start()
+    futures = [engine.submit(p, SamplingParams(60), k) for p, _, k in requests(30)]
+    engine.stop()
+    assert all(f.done() for f in futures)
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.submit(np.array([9], np.int32), SamplingParams(1), (0, 0))
+
+
+def test_tokens_arrive_as_they_are_sampled() -> None:
+    parts: list[np.ndarray] = []
+    with sampler() as engine:
+        done = engine.submit(np.arange(10, 40, dtype=np.int32), SamplingParams(20), (1, 1), lambda ids, lps: parts.append(ids)).result(60)
+    np.testing.assert_array_equal(np.concatenate(parts), done.token_ids)

@@ -1,0 +1,118 @@
+"""The named algorithms, and the table that lists them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightningrl import advantages, credit, losses, recipes
+from lightningrl.recipes import RECIPES, Recipe, get_recipe
+from lightningrl.table import Evidence
+from tests.batches import make_inputs, make_rollout, make_table, make_tokens
+
+EACH = pytest.mark.parametrize("name", list(RECIPES))
+
+
+def batch():
+    return make_table(
+        make_rollout("a", 1.0, [0.0], lengths=[2]),
+        make_rollout("a", 0.0, [0.0, -0.5, 0.0], lengths=[1, 2, 3]),
+        make_rollout("b", 1.0, [0.0, 0.0], lengths=[4, 1]),
+        make_rollout("b", 0.0, [0.25], lengths=[2]),
+        size=9,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advantage(name, table):
+    recipe = get_recipe(name)
+    return recipe.advantage(table, recipe.credit(table, Evidence()), Evidence())
+
+
+def objective(recipe, table, tokens, evidence):
+    advantage = recipe.advantage(table, recipe.credit(table, evidence), evidence)
+    inputs = dataclasses.replace(make_inputs(table, tokens), advantage=recipe.spread(table, tokens, advantage, evidence))
+
+    def loss_of(logp):
+        loss, keep, _ = recipe.loss(dataclasses.replace(inputs, logp=logp))
+        total, denominator = recipe.aggregation(jnp.where(keep, loss, 0.0), tokens.mask, inputs.counts)
+        return total / denominator
+
+    return jax.value_and_grad(loss_of)(tokens.old_logp)
+
+
+@EACH
+def test_runs_from_table_to_gradient_under_jit(name):
+    table = batch()
+    tokens = make_tokens(table, 20)
+    evidence = Evidence(value=np.linspace(-1, 1, 9, dtype=np.float32) if "value" in RECIPES[name].needs else None)
+    loss, gradient = jax.jit(functools.partial(objective, RECIPES[name]))(table, tokens, evidence)
+    assert np.isfinite(loss) and np.isfinite(gradient).all()
+    assert (np.asarray(gradient)[~tokens.mask] == 0).all() and np.abs(gradient).sum() > 0
+
+
+def test_paper_and_ours_differ_in_what_weighs_one():
+    """A success of one call and a failure of three: one in four calls for the paper, one in two rollouts for us."""
+    table = make_table(make_rollout("a", 1.0, [0.0]), make_rollout("a", 0.0, [0.0, 0.0, 0.0]))
+
+    np.testing.assert_allclose(advantage("lightningrl_paper", table), [1.5, -0.5, -0.5, -0.5], rtol=1e-4)
+    np.testing.assert_allclose(advantage("lightningrl", table), np.array([1, -1, -1, -1]) / np.sqrt(2), rtol=1e-4)
+
+
+def test_reward_to_go_without_intermediate_rewards_is_lightningrl():
+    table = make_table(make_rollout("a", 1.0, [0.0]), make_rollout("a", 0.25, [0.0, 0.0, 0.0]))
+    assert advantage("lightningrl", table).tolist() == advantage("lightningrl_rtg", table).tolist()
+
+
+def test_ppo_and_its_critic_agree_on_gamma_and_lambda():
+    recipe = get_recipe("ppo")
+    assert recipe.value_target is not None
+    assert recipes.describe(recipe.value_target) == recipes.describe(recipe.credit).replace("gae", "gae_value_target")
+    assert recipe.needs == ("value",)
+
+
+def test_an_unknown_recipe_gets_the_list():
+    with pytest.raises(
+        ValueError, match="no recipe 'grpo': choose one of lightningrl, lightningrl_paper, lightningrl_rtg, ppo"
+    ):
+        get_recipe("grpo")
+
+
+def test_recipes_that_do_not_fit_are_refused():
+    mine = functools.partial(
+        Recipe,
+        name="mine",
+        arxiv="",
+        use_when="",
+        credit=credit.identical,
+        advantage=advantages.group_norm,
+        loss=losses.ppo_clip,
+        aggregation=losses.token_mean,
+    )
+    assert mine(kl=losses.k3, kl_coef=0.1).kl is losses.k3
+    with pytest.raises(ValueError, match="'mine' needs 'oracle', which is no field of Evidence: value"):
+        mine(needs=("oracle",))
+    with pytest.raises(ValueError, match="both kl and kl_coef, or neither"):
+        mine(kl_coef=0.1)
+    with pytest.raises(ValueError, match="both value_target and value_coef, or neither"):
+        mine(value_target=credit.gae_value_target)
+
+
+def test_describe_shows_the_settings():
+    one = functools.partial(functools.partial(credit.gae, gamma=0.5), lambda_=1.0)
+    assert recipes.describe(one) == "gae(gamma=0.5, lambda_=1.0)"
+    assert recipes.describe(credit.identical) == "identical"
+
+
+def test_the_command_prints_every_recipe():
+    done = subprocess.run([sys.executable, "-m", "lightningrl.recipes"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for recipe in RECIPES.values():
+        assert f"{recipe.name}  (arXiv {recipe.arxiv})" in done.stdout
