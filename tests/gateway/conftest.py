@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -63,6 +65,28 @@ def assert_continues(later: Transition, earlier: Transition) -> np.ndarray:
     assert later.prompt_ids.dtype == np.int32
     np.testing.assert_array_equal(later.prompt_ids[: len(said)], said)
     return later.prompt_ids[len(said) :]
+
+
+USER: Any = {"role": "user", "content": "hi"}
+BODY: dict[str, Any] = {"model": "policy", "messages": [USER]}
+
+
+def ask(stage: Stage, text: str = "hi", **options: Any) -> str | None:
+    request: dict[str, Any] = {"model": "policy", "messages": [{"role": "user", "content": text}], **options}
+    return stage.client().chat.completions.create(**request).choices[0].message.content
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for the gateway to notice something that no reply tells of."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
+
+
+def raw(stage: Stage, attempt: int = 0, body: dict[str, Any] = BODY, **options: Any) -> httpx.Response:
+    headers = stage.headers(**{"x-stainless-retry-count": str(attempt)})
+    return httpx.post(f"{stage.url}/chat/completions", json=body, headers=headers, **options)
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,7 @@ def test_tool_calls_reach_the_client(stage: Stage) -> None:
     stage.play(["Wait.\n" + CALL])
     choice = stage.client().chat.completions.create(model="policy", messages=[USER], tools=[SEARCH]).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Wait.")
-    (call,) = choice.message.tool_calls or ()
+    (call,) = choice.message.tool_calls
     assert call.type == "function" and call.id.startswith("call_")
     assert (call.function.name, json.loads(call.function.arguments)) == ("search", {"query": "é"})
 
@@ -268,7 +268,7 @@ def test_a_forced_tool_call_is_opened_for_the_policy(stage: Stage, choice: Any, 
     message = (
         client.chat.completions.create(model="policy", messages=[USER], tools=[SEARCH], tool_choice=choice).choices[0].message
     )
-    (call,) = message.tool_calls or ()
+    (call,) = message.tool_calls
     assert json.loads(call.function.arguments) == {"query": "x"}
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "r"}
     client.chat.completions.create(model="policy", messages=[USER, message.model_dump(), result], tools=[SEARCH])

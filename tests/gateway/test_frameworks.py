@@ -24,6 +24,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.messages import SystemMessage as LangChainSystem
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 from tests.gateway.conftest import Stage, assert_continues
 
@@ -62,7 +63,11 @@ def assert_exact(stage: Stage, role: str, calls: int = 4) -> None:
 def test_langchain(stage: Stage, streaming: bool, responses_api: bool) -> None:
     stage.play(SCRIPT)
     model = ChatOpenAI(
-        model="policy:researcher", base_url=stage.url, api_key=stage.key, streaming=streaming, use_responses_api=responses_api
+        model="policy:researcher",
+        base_url=stage.url,
+        api_key=SecretStr(stage.key),
+        streaming=streaming,
+        use_responses_api=responses_api,
     )
     bound = model.bind_tools([tool(search)])
     messages: list[Any] = [LangChainSystem("Be brief."), HumanMessage("Where is Paris?")]
@@ -82,7 +87,7 @@ def test_langchain_in_a_thread_of_its_own_for_each_rollout(stage: Stage) -> None
     keys = [stage.gateway.open(f"rollout {k}", seed=0) for k in range(4)]
 
     async def run() -> list[str]:
-        models = [ChatOpenAI(model="policy", base_url=stage.url, api_key=key) for key in keys]
+        models = [ChatOpenAI(model="policy", base_url=stage.url, api_key=SecretStr(key)) for key in keys]
         replies = await asyncio.gather(*(model.ainvoke(f"word{k}") for k, model in enumerate(models)))
         return [reply.text for reply in replies]
 

@@ -17,7 +17,7 @@ from lightningrl.gateway.rendering import Renderer
 from tests.gateway.conftest import Stage, assert_continues
 from tests.gateway.scripted_sampler import ScriptedSampler
 
-SEARCH = {
+SEARCH: dict[str, Any] = {
     "type": "function",
     "function": {"name": "search", "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}},
 }
@@ -218,7 +218,8 @@ def test_a_new_conversation_is_what_the_chat_template_gives(tokenizer: Any) -> N
 def test_any_byte_level_tokenizer_with_a_chat_template_will_do(tokenizer: Any) -> None:
     qwen = copy.deepcopy(tokenizer)
     qwen.chat_template = (
-        "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     user = Message(role="user", content="Go on.")
