@@ -52,20 +52,19 @@ class Config(FitConfig):
     out: str = setting("runs/text_to_sql", "folder for everything the run leaves; a run that is there already goes on")
     database: str | None = setting(None, "a SQLite file to learn about; none: generated databases")
     data_dir: str | None = setting(None, "Spider in its official layout: dev.json, train_spider.json, tables.json, database/")
-    databases: int = setting(8, "generated databases to train on")
+    databases: int = setting(3, "generated databases to train on")
     unseen_databases: int = setting(3, "generated databases, of other domains, to evaluate on only")
-    questions: int = setting(1600, "questions, training and held-out together")
+    questions: int = setting(720, "questions, training and held-out together")
     heldout_questions: int = setting(240, "of those, held out")
     unseen_questions: int = setting(60, "questions about unseen databases")
     demonstrations: int = setting(4000, "runs of the imperfect demonstrator that the warm start imitates")
-    demonstrator_right: float = setting(0.35, "probability that the demonstrator's first draft is right")
     smoke: bool = setting(False, "the same path with very little training")
     controls: bool = setting(False, "also run the controls: more supervised steps, and shuffled rewards")
     seconds_install: float = setting(0.0, "what installation took, for summary.json")
     started: float = setting(0.0, "when the whole began, seconds since the epoch; 0: now")
 
 
-SMOKE = {
+SMOKE: dict[str, Any] = {
     "iterations": 2,
     "tasks_per_iteration": 6,
     "rollouts_per_task": 4,
@@ -76,7 +75,8 @@ SMOKE = {
     "heldout_questions": 16,
     "unseen_questions": 4,
     "demonstrations": 200,
-    "imitation_steps": 30,
+    "reading_steps": 15,
+    "imitation_steps": 15,
 }
 
 
@@ -133,8 +133,7 @@ def demonstrations_for(questions: Sequence[Question], config: Config) -> list[De
     usable = [q for q in questions if q.wrong]
     if not usable:
         return []
-    habits = Habits(draft_right=config.demonstrator_right)
-    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, habits) for i in range(config.demonstrations)]
+    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, Habits()) for i in range(config.demonstrations)]
 
 
 def data_hash(data: Data) -> str:
@@ -193,7 +192,7 @@ def equal_compute_steps(fitted: Fitted) -> int:
     passes), a scored, read or sampled one a forward pass."""
     rows = [row for row in fitted.metrics if row["iteration"] > 0]
     passes = sum(4 * row["trained_tokens"] + row["prompt_tokens"] + row["response_tokens"] for row in rows)
-    return round(passes / (3 * 8192))
+    return round(passes / (3 * 4096))
 
 
 def print_transcripts(out: Path, iteration: int, title: str, count: int = 3) -> None:

@@ -39,9 +39,13 @@ Public names are loaded when they are first used: `import lightningrl` imports n
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# transformers says at import that it found no PyTorch, which nobody here misses: we use its tokenizers only.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
     "types": ("Completion", "Rollout", "Sampler", "SamplingParams", "Task", "Transition"),

@@ -38,9 +38,7 @@ class Checkpoints:
         self._config = _as_json(config or {})
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True),
         )
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
@@ -51,9 +49,7 @@ class Checkpoints:
             TypeError: a leaf of `state` is no array, or a typed key array.
         """
         about = {"host": _as_json(host), "config": self._config, "layout": _layout(state)}
-        saved = self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-        )
+        saved = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
         if not saved:
             raise ValueError(f"checkpoint {step} must come after the last one, {self.latest()}")
 
@@ -163,9 +159,7 @@ def _restored_as(leaf: Any) -> Any:
 def _check_same(where: str, what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     for name in sorted(theirs.keys() | ours.keys()):
         if name not in ours:
-            raise UserError(
-                f"{where} is of another config: it has the {what} {name}={theirs[name]}, this run has none of that name"
-            )
+            raise UserError(f"{where} is of another config: it has the {what} {name}={theirs[name]}, this run has none of that name")
         if name not in theirs:
             raise UserError(f"{where} is of another config: it lacks the {what} {name}={ours[name]} of this run")
         if theirs[name] != ours[name]:

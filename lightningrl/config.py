@@ -9,6 +9,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from lightningrl.errors import UserError
+
 
 def setting(default: Any, text: str) -> Any:
     """A field with a default and the help text of its flag."""
@@ -26,7 +28,7 @@ class FitConfig:
     tasks_per_iteration: int = setting(24, "tasks drawn per iteration")
     rollouts_per_task: int = setting(8, "runs of the agent per task")
     updates_per_iteration: int = setting(2, "optimizer steps per iteration; a task's rollouts stay in one")
-    learning_rate: float = setting(1e-3, "AdamW's learning rate")
+    learning_rate: float = setting(3e-4, "AdamW's learning rate")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     train_roles: tuple[str, ...] = setting((), "roles whose calls are trained, comma-separated; none given: all")
@@ -46,15 +48,41 @@ class FitConfig:
     num_heads: int = setting(4, "of a new policy")
     num_kv_heads: int = setting(2, "of a new policy")
     intermediate_size: int = setting(512, "of a new policy")
-    context_length: int = setting(320, "tokens of a prompt and its response, at most")
+    context_length: int = setting(256, "tokens of a prompt and its response, at most")
     slots: int = setting(32, "conversations that the sampler decodes at once")
-    imitation_steps: int = setting(300, "updates of the warm start, where there are demonstrations")
-    imitation_learning_rate: float = setting(3e-3, "AdamW's learning rate in the warm start")
+    reading_steps: int = setting(220, "updates in which a new policy learns to read the demonstrations, prompts included")
+    imitation_steps: int = setting(180, "updates on the demonstrations' responses after that")
+    imitation_learning_rate: float = setting(4e-3, "AdamW's learning rate in the warm start")
     data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters")
     fsdp: int = setting(1, "devices that a batch and the parameters are split over")
     tensor_parallel: int = setting(1, "devices that every layer is split over")
     cache: str = setting(os.path.join("~", ".cache", "lightningrl"), "folder for warm starts and compiled programs, by content hash")
 
+    def __post_init__(self) -> None:
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.iterations < 0:
+            raise UserError(f"iterations={self.iterations} must be at least 0")
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature} must be more than 0: a policy learns from what it samples")
+
+
+AT_LEAST_ONE = (
+    "tasks_per_iteration",
+    "rollouts_per_task",
+    "updates_per_iteration",
+    "max_tokens",
+    "eval_every",
+    "concurrency",
+    "max_attempts",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "slots",
+)
 
 # Settings that may change between a run and its continuation without changing what it computes.
 FREE_SETTINGS = ("out", "concurrency", "time_limit", "max_attempts", "host", "port", "cache")

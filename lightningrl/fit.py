@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ import jax
 from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.config import FitConfig, cache_folder, same_run, setting
-from lightningrl.errors import UserError
-from lightningrl.gateway import Gateway, GatewayError, GatewaySettings, SamplingOverrides
+from lightningrl.errors import UserError, settings_of_a_person
+from lightningrl.gateway import Gateway, GatewaySettings, SamplingOverrides
 from lightningrl.loop import LoopSettings, Run, dataclass_dict, train
 from lightningrl.manifest import manifest
 from lightningrl.metrics import MetricsLog, plot_rewards
@@ -78,10 +79,19 @@ def fit(
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     out = Path(config.out)
-    recipe = _user_errors(get_recipe, config.recipe)
-    mesh = _user_errors(make_mesh, config.data_parallel, config.fsdp, config.tensor_parallel)
-    write_manifest(out, config, data_hash or tasks_hash(tasks))
+    with settings_of_a_person():
+        recipe = get_recipe(config.recipe)
+        mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
+    intermediate = intermediate_rewards(config.intermediate)
+    sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
+    if config.context_length % sampler_settings.chunk or config.context_length < 1:
+        raise UserError(f"context_length={config.context_length} must be a multiple of {sampler_settings.chunk}")
+    data_hash = data_hash or tasks_hash(tasks)
+    if not same_manifest(out, config, data_hash):
+        shutil.rmtree(out / "start", ignore_errors=True)  # of a run that ended before it began
     policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.value_target is not None, mesh=mesh)
+    # Only now, so that settings that were refused are not those of a run that has to be gone on with.
+    write_manifest(out, config, data_hash)
 
     optimizer = make_optimizer(
         OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
@@ -96,27 +106,19 @@ def fit(
         state, done = TrainState(**tree), int(host["iteration"])
     log.truncate_after(done)
 
-    sampler = PolicySampler(
-        policy.params,
-        policy.config,
-        policy.tokenizer,
-        SamplerSettings(slots=config.slots, context_length=config.context_length),
-    )
+    sampler = PolicySampler(policy.params, policy.config, policy.tokenizer, sampler_settings)
     store = Store(out / "rollouts.sqlite")
     gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
     with Progress(config.iterations, done) as progress, sampler:
-        try:
-            gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
-            gateway.start()
-        except GatewayError as error:
-            raise UserError(str(error)) from error
+        gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
+        gateway.start()
         try:
             runner = Runner(
                 gateway,
                 agent,
                 reward,
                 RunnerSettings(config.concurrency, config.time_limit, config.max_attempts),
-                intermediate=intermediate_rewards(config.intermediate),
+                intermediate=intermediate,
                 store=store,
             )
             run = Run(
@@ -175,19 +177,25 @@ def tasks_hash(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_manifest(out: Path, config: FitConfig, data_hash: str) -> None:
-    """Writes manifest.json, or checks that the one there is of the same settings and data."""
-    out.mkdir(parents=True, exist_ok=True)
+def same_manifest(out: Path, config: FitConfig, data_hash: str) -> bool:
+    """Whether `out` holds a run of these settings and data; False if it holds none. Raises UserError for another run."""
     path = out / "manifest.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        ours, theirs = same_run(config) | {"data": data_hash}, before.get("settings", {}) | {"data": before.get("data_hash")}
-        different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        if different:
-            k = different[0]
+    if not path.exists():
+        return False
+    before = json.loads(path.read_text())
+    ours, theirs = same_run(config) | {"data": data_hash}, before.get("settings", {}) | {"data": before.get("data_hash")}
+    for k in sorted(ours.keys() | theirs.keys()):
+        if ours.get(k) != theirs.get(k):
             raise UserError(
                 f"{out} holds a run of another config ({k}={theirs.get(k)}, now {ours.get(k)}): give another --out or the same settings"
             )
+    return True
+
+
+def write_manifest(out: Path, config: FitConfig, data_hash: str) -> None:
+    """Writes manifest.json; the one that is there stays."""
+    path = out / "manifest.json"
+    if path.exists():
         return
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(manifest(same_run(config), dataclasses.asdict(config), data_hash), indent=2, sort_keys=True) + "\n")
@@ -202,13 +210,6 @@ def intermediate_rewards(names: Sequence[str]) -> tuple[Callable[[Rollout], tupl
         if name not in known:
             raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
     return tuple(known[name] for name in names)
-
-
-def _user_errors(function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)

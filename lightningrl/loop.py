@@ -1,6 +1,6 @@
 """The loop: agents run, calls earn credit, the policy improves, agents run again.
 
-    collect ─► table ─► pack ─► score ─► evidence ─► credit ─► advantage ─► spread ─► update ─► sync ─► evaluate ─► record
+collect ─► table ─► pack ─► score ─► evidence ─► credit ─► advantage ─► spread ─► update ─► sync ─► evaluate ─► record
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightningrl.recipes import Recipe
 from lightningrl.runtime.runner import RolloutRequest, Runner
 from lightningrl.sampler.engine import PolicySampler
 from lightningrl.sharding import batch_multiple
-from lightningrl.table import Evidence, TokenTable, TransitionTable
+from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
 from lightningrl.tabulate import table_from_rollouts, trained_rollouts
 from lightningrl.train import EdgeBatch, Scores, TrainState, TrainStep
 from lightningrl.types import Rollout, Task
@@ -83,15 +83,17 @@ class Clock:
 
 def train(run: Run, state: TrainState, done: int) -> TrainState:
     """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are."""
+    sync(run, state, max(done, 0))  # a resumed run samples from the weights it was stopped with
     for iteration in range(done + 1, run.settings.iterations + 1):
-        clock, metrics = Clock(), {}
+        clock = Clock()
+        metrics: dict[str, Any] = {}
         if iteration > 0:
             rollouts = collect(run, iteration, clock)
             metrics |= describe_rollouts(rollouts)
             state, learned = learn(run, state, run.alter(rollouts, iteration), clock)
             metrics |= learned
         with clock("sync"):
-            run.sampler.set_params(jax.tree.map(jnp.copy, state.params), iteration)
+            sync(run, state, iteration)
         if iteration % run.settings.eval_every == 0 or iteration == run.settings.iterations:
             with clock("eval"):
                 metrics |= evaluate(run, iteration)
@@ -100,6 +102,11 @@ def train(run: Run, state: TrainState, done: int) -> TrainState:
         run.checkpoints.save(iteration, dataclass_dict(state), {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration)})
         run.on_iteration({"iteration": iteration, **metrics})
     return state
+
+
+def sync(run: Run, state: TrainState, version: int) -> None:
+    """Hands the sampler a copy of the weights: the next update consumes those of the state."""
+    run.sampler.set_params(jax.tree.map(jnp.copy, state.params), version)
 
 
 def collect(run: Run, iteration: int, clock: Clock) -> list[Rollout]:
@@ -143,8 +150,7 @@ def learn(run: Run, state: TrainState, rollouts: Sequence[Rollout], clock: Clock
         evidence = Evidence(value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
         advantage, value_target = assign(run.step.recipe, table, evidence)
         edges = [
-            edge_batch(run.step.recipe, table, b.edges, s, advantage, value_target, evidence)
-            for b, s in zip(batches, scores, strict=True)
+            edge_batch(run.step.recipe, table, b.edges, s, advantage, value_target, evidence) for b, s in zip(batches, scores, strict=True)
         ]
     metrics: dict[str, Any] = {}
     with clock("train"):
@@ -177,16 +183,16 @@ def score(run: Run, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[
     scored, scores = [], []
     for batch in batches:
         s = run.step.score(state.params, batch.rows, batch.edges)
-        edges = batch.edges.replace(old_logp=s.logp)
+        edges = dataclasses.replace(batch.edges, old_logp=s.logp)
         if run.reference is not None:
-            edges = edges.replace(ref_logp=run.step.score(run.reference, batch.rows, batch.edges).logp)
+            edges = dataclasses.replace(edges, ref_logp=run.step.score(run.reference, batch.rows, batch.edges).logp)
         scored.append(dataclasses.replace(batch, edges=edges))
         scores.append(s)
     return scored, scores
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def assign(recipe: Recipe, table: TransitionTable, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
+def assign(recipe: Recipe, table: TransitionTable, evidence: Evidence) -> tuple[Array, Array]:
     """Evidence to credit to advantage, and what a critic learns; both float32 [N]."""
     credit = recipe.credit(table, evidence)
     target = jnp.zeros_like(credit.value) if recipe.value_target is None else recipe.value_target(table, evidence)
@@ -198,8 +204,8 @@ def edge_batch(
     table: TransitionTable,
     edges: TokenTable,
     scores: Scores,
-    advantage: jax.Array,
-    value_target: jax.Array,
+    advantage: Array,
+    value_target: Array,
     evidence: Evidence,
 ) -> EdgeBatch:
     """What the loss needs of each edge. Padded to few shapes before it is compiled, cut back after."""
@@ -217,9 +223,7 @@ def edge_batch(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _on_edges(
-    recipe: Recipe, table: TransitionTable, edges: TokenTable, advantage: jax.Array, value_target: jax.Array, evidence: Evidence
-) -> Any:
+def _on_edges(recipe: Recipe, table: TransitionTable, edges: TokenTable, advantage: Array, value_target: Array, evidence: Evidence) -> Any:
     flat = jax.tree.map(jnp.ravel, edges)
     shape = edges.mask.shape
     spread = recipe.spread(table, flat, advantage, evidence).reshape(shape)
@@ -288,9 +292,7 @@ def describe_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 def describe_gap(batches: Sequence[PackedBatch], scores: Sequence[Scores]) -> dict[str, float]:
     """How far the sampler's log-probs are from the trainer's, of the same weights."""
-    gaps = np.concatenate(
-        [np.abs(np.asarray(s.logp) - b.edges.behaviour_logp)[b.edges.mask] for b, s in zip(batches, scores, strict=True)]
-    )
+    gaps = np.concatenate([np.abs(np.asarray(s.logp) - b.edges.behaviour_logp)[b.edges.mask] for b, s in zip(batches, scores, strict=True)])
     return {"logprob_gap_max": float(gaps.max()), "logprob_gap_mean": float(gaps.mean(dtype=np.float64))}
 
 

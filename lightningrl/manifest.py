@@ -11,7 +11,18 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "langgraph", "langchain-openai")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "langgraph",
+    "langchain-openai",
+)
 
 
 def manifest(settings: Mapping[str, Any], config: Mapping[str, Any], data_hash: str) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def plot_rewards(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     """Draws the mean rewards over iterations as a PNG file.
 
     Args:
-        metrics: rows as `MetricsLog.read` gives them; each may have any of the fields of `REWARD_CURVES`, all in [0, 1].
-          A curve that no row has is left out.
+        metrics: rows as `MetricsLog.read` gives them; each may have any of the fields of `REWARD_CURVES`, mostly in [0, 1],
+          which the axis shows if all are. A curve that no row has is left out.
     """
     # pyplot would pick a window system; a bare figure never does.
     from matplotlib.figure import Figure
@@ -109,7 +109,9 @@ def plot_rewards(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
                 linewidth=2 if sparse else 1.2,
                 clip_on=False,
             )
-    axes.set(xlabel="iteration", ylabel="mean reward", ylim=(0, 1))
+    axes.set(xlabel="iteration", ylabel="mean reward")
+    if all(0 <= row[field] <= 1 for row in metrics for field in REWARD_CURVES if row.get(field) is not None):
+        axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

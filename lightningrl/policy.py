@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from lightningrl.checkpoint import load_config, load_params, save_params
 from lightningrl.errors import UserError
@@ -44,5 +44,5 @@ def load_policy(directory: Path) -> Policy:
         config = ModelConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
     except (TypeError, ValueError) as error:
         raise UserError(f"{directory}/config.json does not describe a decoder: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     return Policy(config, load_params(directory, shapes(config)), tokenizer)

@@ -141,9 +141,7 @@ def table_text() -> str:
         }
         if recipe.value_target is not None:
             lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(recipe.value_target)}"
-        body = "\n".join(
-            textwrap.fill(text, 100, initial_indent=f"  {key:<13}", subsequent_indent=" " * 15) for key, text in lines.items()
-        )
+        body = "\n".join(textwrap.fill(text, 100, initial_indent=f"  {key:<13}", subsequent_indent=" " * 15) for key, text in lines.items())
         paragraphs.append(f"{recipe.name}  (arXiv {recipe.arxiv})\n{body}")
     return "\n\n".join(paragraphs)
 

@@ -64,9 +64,7 @@ def masked_max(values: Array, mask: Array, *, empty: float = 0.0) -> jax.Array:
     return jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values, _smallest(values))), empty)
 
 
-def segment_sum(
-    values: Array, ids: Array, num_segments: int, *, mask: Array | None = None, weights: Array | None = None
-) -> jax.Array:
+def segment_sum(values: Array, ids: Array, num_segments: int, *, mask: Array | None = None, weights: Array | None = None) -> jax.Array:
     """Σ wᵢ xᵢ per segment: [N] -> [S]."""
     _check_segments(values, ids, mask, weights)
     x, w = _used_entries(values, mask, weights)
@@ -78,9 +76,7 @@ def segment_count(ids: Array, num_segments: int, *, mask: Array | None = None, w
     return segment_sum(jnp.ones(jnp.shape(ids), jnp.float32), ids, num_segments, mask=mask, weights=weights)
 
 
-def segment_mean(
-    values: Array, ids: Array, num_segments: int, *, mask: Array | None = None, weights: Array | None = None
-) -> jax.Array:
+def segment_mean(values: Array, ids: Array, num_segments: int, *, mask: Array | None = None, weights: Array | None = None) -> jax.Array:
     """μ = Σ wᵢ xᵢ / Σ wᵢ per segment: [N] -> [S]; 0 for an empty one."""
     total = segment_sum(values, ids, num_segments, mask=mask, weights=weights)
     return safe_divide(total, segment_count(ids, num_segments, mask=mask, weights=weights))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lightningrl.config import FitConfig, cache_folder
-from lightningrl.errors import UserError
+from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.gateway.rendering import Renderer
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import init_params
@@ -41,18 +41,21 @@ def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks
     """A small random decoder, and a tokenizer trained on what the agent will read and write."""
     texts = [text for demo in demonstrations for call in demo for text in [*(str(m["content"]) for m in call.messages), call.response]]
     texts += [json.dumps(dict(task.input), ensure_ascii=False) for task in tasks] if not demonstrations else []
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    shape = ModelConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.hidden_size // config.num_heads,
-        intermediate_size=config.intermediate_size,
-        max_positions=config.context_length,
-        value_head=critic,
-    )
+    if config.hidden_size % config.num_heads:
+        raise UserError(f"hidden_size={config.hidden_size} must be a multiple of num_heads={config.num_heads}")
+    with settings_of_a_person():
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        shape = ModelConfig(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.hidden_size // config.num_heads,
+            intermediate_size=config.intermediate_size,
+            max_positions=config.context_length,
+            value_head=critic,
+        )
     return Policy(shape, init_params(shape, jax.random.key(config.seed)), tokenizer)
 
 
@@ -63,13 +66,17 @@ def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Dem
     longest = max(len(t.prompt_ids) + len(t.response_ids) for demo in encoded for t in demo)
     if longest > config.context_length:
         raise UserError(f"a demonstrated call has {longest} tokens, more than context_length={config.context_length}")
-    settings = ImitationSettings(steps=config.imitation_steps, learning_rate=config.imitation_learning_rate)
+    settings = ImitationSettings(
+        steps=config.imitation_steps,
+        reading_steps=0 if config.policy else config.reading_steps,
+        learning_rate=config.imitation_learning_rate,
+    )
     arrays = [ids for demo in encoded for t in demo for ids in (t.prompt_ids, t.response_ids)]
     arrays += [np.asarray(leaf) for leaf in jax.tree.leaves(policy.params)]
     key = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(policy.config), "seed": config.seed}
 
     def make() -> Any:
-        with Progress.imitation(settings.steps) as on_step:
+        with Progress.imitation(settings.total) as on_step:
             return imitate(policy.params, policy.config, encoded, settings, row_settings(config), mesh, config.seed, on_step)
 
     params = cached(cache_folder(config) / "warm_starts", key, arrays, policy.config, make)
@@ -77,6 +84,5 @@ def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Dem
 
 
 def row_settings(config: FitConfig) -> RowSettings:
-    """Row lengths up to the context."""
-    lengths = tuple(sorted({length for length in (128, 192, config.context_length) if length <= config.context_length}))
-    return RowSettings(lengths=lengths)
+    """One row length, that of the context: every further one costs a compilation of the step."""
+    return RowSettings(lengths=(config.context_length,))

@@ -1,18 +1,15 @@
-"""The records that cross into JAX, and the two functions that make them from rollouts.
+"""The records that cross into JAX.
 
 Notation, used everywhere: N transitions, E edges (action tokens), R rollouts, T tokens of a row, B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import numpy as np
 from flax import struct
-
-from lightningrl.types import Rollout
 
 Array = jax.Array | np.ndarray
 CreditKind = Literal["return", "advantage"]

@@ -30,9 +30,7 @@ def table_from_rollouts(rollouts: Sequence[Rollout], *, size: int) -> Transition
     roles = {name: index for index, name in enumerate(role_names(rollouts))}
     needed = sum(len(rollout.transitions) for rollout in used)
     if needed > size:
-        raise ValueError(
-            f"The rollouts have {needed} transitions but the table holds {size}: give it a size of at least {needed}."
-        )
+        raise ValueError(f"The rollouts have {needed} transitions but the table holds {size}: give it a size of at least {needed}.")
 
     table = _padding(size, len(names))
     groups: dict[str, int] = {}

@@ -72,12 +72,10 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     if s.total_steps is not None:
         rate = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup_steps, s.total_steps, s.learning_rate / 10)
     else:
-        rate = optax.linear_schedule(s.learning_rate / max(s.warmup_steps, 1), s.learning_rate, max(s.warmup_steps - 1, 0))
+        rate = optax.linear_schedule(s.learning_rate / (s.warmup_steps + 1), s.learning_rate, s.warmup_steps)
     return optax.chain(
         optax.clip_by_global_norm(s.max_grad_norm),
-        optax.adamw(
-            rate, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-        ),
+        optax.adamw(rate, b1=s.b1, b2=s.b2, weight_decay=s.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
     )
 
 
@@ -116,7 +114,7 @@ class TrainStep:
             donate_argnums=0,
         )
         self._zeros: Any = None  # shapes of what is accumulated
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1))
+        self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
 
     def init(self, params: Params) -> TrainState:
         """Fresh optimizer state around a copy of the parameters, sharded by the rules."""
@@ -156,9 +154,7 @@ class TrainStep:
             "value": self.recipe.value_aggregation(zeros, first, edges.counts)[1],
         }
 
-    def _objective(
-        self, params: Params, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]
-    ) -> tuple[jax.Array, Metrics]:
+    def _objective(self, params: Params, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         r, tokens, counts = self.recipe, edges.tokens, edges.counts
         scores = score_edges(params, self.config, rows, tokens)
         inputs = LossInputs(
@@ -187,11 +183,9 @@ class TrainStep:
             metrics = metrics | value_metrics
         return objective, metrics | pairs
 
-    def _apply_gradients(
-        self, state: TrainState, gradients: Params, pairs: Metrics
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _apply_gradients(self, state: TrainState, gradients: Params, pairs: Metrics) -> tuple[TrainState, dict[str, jax.Array]]:
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         metrics = {name: safe_divide(*pair) for name, pair in pairs.items()}
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         after = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
         return after, metrics

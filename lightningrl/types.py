@@ -99,6 +99,15 @@ class Transition:
 
 
 @dataclasses.dataclass(frozen=True)
+class DemonstratedCall:
+    """One LLM call of a demonstration: what was asked, as OpenAI messages, and what was answered."""
+
+    role: str
+    messages: tuple[Mapping[str, Any], ...]
+    response: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """One run of an agent on one task."""
 

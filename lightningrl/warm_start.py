@@ -30,7 +30,7 @@ from lightningrl.recipes import Recipe, get_recipe
 from lightningrl.sharding import batch_multiple
 from lightningrl.table import TokenTable, UnitCounts
 from lightningrl.train import EdgeBatch, OptimizerSettings, TrainStep, make_optimizer
-from lightningrl.types import Transition
+from lightningrl.types import DemonstratedCall, Transition
 
 IMITATION: Recipe = dataclasses.replace(
     get_recipe("lightningrl_paper"),
@@ -41,25 +41,21 @@ IMITATION: Recipe = dataclasses.replace(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class DemonstratedCall:
-    """One LLM call of a demonstration: what was asked, as OpenAI messages, and what was answered."""
-
-    role: str
-    messages: tuple[Mapping[str, Any], ...]
-    response: str
-
-
 Demonstration = Sequence[DemonstratedCall]  # the calls of one run, in order
 
 
 @dataclasses.dataclass(frozen=True)
 class ImitationSettings:
-    steps: int
-    learning_rate: float = 3e-3
-    tokens_per_step: int = 8192
+    steps: int  # updates on responses
+    reading_steps: int = 0  # updates before those, on every token of the calls: a new policy first learns to read
+    learning_rate: float = 4e-3
+    tokens_per_step: int = 4096
     warmup_steps: int = 20
     weight_decay: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return self.reading_steps + self.steps
 
 
 def encode(demonstration: Demonstration, renderer: Renderer) -> list[Transition]:
@@ -107,7 +103,7 @@ def imitate(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Params:
-    """Trains on demonstrations in seeded order, each pass in another one, for `settings.steps` updates.
+    """Trains on demonstrations in seeded order, each pass in another one, for `settings.total` updates.
 
     Args:
       demonstrations: encoded; one is never cut in two.
@@ -116,17 +112,20 @@ def imitate(
     optimizer = make_optimizer(
         OptimizerSettings(
             learning_rate=settings.learning_rate,
-            warmup_steps=min(settings.warmup_steps, settings.steps),
-            total_steps=settings.steps,
+            warmup_steps=min(settings.warmup_steps, settings.total // 10),
+            total_steps=settings.total,
             weight_decay=settings.weight_decay,
         )
     )
     step = TrainStep(config, IMITATION, optimizer, mesh)
     state = step.init(params)
-    batches = _batches(demonstrations, settings, rows, batch_multiple(mesh), seed)
+    # One shape for both, so that the step is compiled once; when everything is read, every token is an edge.
+    rows = dataclasses.replace(rows, edges=rows.tokens) if settings.reading_steps else rows
+    reading = _batches([reading_of(d) for d in demonstrations], settings, rows, batch_multiple(mesh), seed)
+    answering = _batches(demonstrations, settings, rows, batch_multiple(mesh), seed)
     late: list[tuple[int, jax.Array]] = []
-    for i in range(settings.steps):
-        packed = next(batches)
+    for i in range(settings.total):
+        packed = next(reading if i < settings.reading_steps else answering)
         state, metrics = step.update(state, packed.rows, _edges_of(packed))
         late.append((i, metrics["loss"]))
         if len(late) > 8:
@@ -139,7 +138,7 @@ def imitate(
 def _batches(
     demonstrations: Sequence[Sequence[Transition]], settings: ImitationSettings, rows: RowSettings, multiple: int, seed: int
 ) -> Any:
-    sizes = [max(len(t.prompt_ids) + len(t.response_ids) for t in d) for d in demonstrations]
+    sizes = [_computed_tokens(d) for d in demonstrations]
     epoch, chosen, tokens = 0, [], 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(demonstrations))
@@ -152,6 +151,24 @@ def _batches(
                 yield pack(flat, range(len(flat)), owner, rows, multiple=multiple)
                 chosen, tokens = [], 0
         epoch += 1
+
+
+def reading_of(demonstration: Sequence[Transition]) -> list[Transition]:
+    """The same calls with every token but the first to be predicted, prompts included."""
+    continued = {t.continues for t in demonstration}
+    whole = []
+    for t in demonstration:
+        if t.turn not in continued:
+            rest = np.concatenate([t.prompt_ids[1:], t.response_ids])
+            logprobs = np.zeros(len(rest), np.float32)
+            whole.append(dataclasses.replace(t, prompt_ids=t.prompt_ids[:1], response_ids=rest, logprobs=logprobs, continues=None))
+    return whole
+
+
+def _computed_tokens(demonstration: Sequence[Transition]) -> int:
+    """A call that a later one goes on from is computed with it."""
+    continued = {t.continues for t in demonstration}
+    return sum(len(t.prompt_ids) + len(t.response_ids) for t in demonstration if t.turn not in continued)
 
 
 def _edges_of(packed: PackedBatch) -> EdgeBatch:
@@ -167,7 +184,9 @@ def _edges_of(packed: PackedBatch) -> EdgeBatch:
     )
 
 
-def cached(directory: Path, key: Mapping[str, Any], arrays: Sequence[np.ndarray], config: ModelConfig, make: Callable[[], Params]) -> Params:
+def cached(
+    directory: Path, key: Mapping[str, Any], arrays: Sequence[np.ndarray], config: ModelConfig, make: Callable[[], Params]
+) -> Params:
     """`make()`, or what it returned for the same content before.
 
     Args:

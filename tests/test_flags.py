@@ -155,6 +155,4 @@ def test_an_unknown_flag_is_named(program: pathlib.Path) -> None:
 def test_help_shows_the_flags_of_the_program(program: pathlib.Path) -> None:
     result = run(program, "--help")
     assert result.returncode == 0
-    assert (
-        "A program." in result.stdout and "--what: what is to happen" in result.stdout and "(default: 'fine')" in result.stdout
-    )
+    assert "A program." in result.stdout and "--what: what is to happen" in result.stdout and "(default: 'fine')" in result.stdout

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lightningrl"
 # storey may use; they know nothing of the rest.
 ORDER = (
     "errors types metrics flags tokenizer table tabulate segments credit advantages losses recipes packing model sharding "
-    "train sampler evidence checkpoint policy gateway runtime tasks warm_start lab manifest progress loop fit show"
+    "train sampler evidence checkpoint policy gateway runtime tasks warm_start lab manifest progress config start loop fit show"
 ).split()
 HOST_ONLY = ("errors", "types", "metrics", "flags", "tokenizer", "gateway", "runtime", "tasks")
 
@@ -67,9 +67,7 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.value.lineno, "a shell string"
             case ast.With(items=items) | ast.AsyncWith(items=items):
                 for item in items:
-                    if isinstance(item.context_expr, ast.Name | ast.Attribute) and ast.unparse(item.context_expr).endswith(
-                        "mesh"
-                    ):
+                    if isinstance(item.context_expr, ast.Name | ast.Attribute) and ast.unparse(item.context_expr).endswith("mesh"):
                         yield node.lineno, "with mesh:"
 
 
@@ -92,23 +90,14 @@ def test_a_module_imports_only_modules_above_it(path: pathlib.Path) -> None:
 
 
 def test_agents_know_nothing_of_the_library() -> None:
-    wrong = [
-        (path.name, line)
-        for path in sources("experiments/agents")
-        for line, name in imports(path)
-        if inside(name, "lightningrl")
-    ]
+    wrong = [(path.name, line) for path in sources("experiments/agents") for line, name in imports(path) if inside(name, "lightningrl")]
     assert not wrong
 
 
 @pytest.mark.parametrize("path", sources("lightningrl", "experiments", "scripts"), ids=dotted)
 def test_names_that_the_project_does_without(path: pathlib.Path) -> None:
     found = list(forbidden(ast.parse(path.read_text(encoding="utf-8"))))
-    found += [
-        (line, name)
-        for line, name in imports(path)
-        if inside(name, "flax.nnx") or inside(name, "pickle") or name == "jax.tree_map"
-    ]
+    found += [(line, name) for line, name in imports(path) if inside(name, "flax.nnx") or inside(name, "pickle") or name == "jax.tree_map"]
     assert not found
 
 

@@ -45,9 +45,7 @@ def test_lines_are_sorted_json_with_plain_numbers(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
-@pytest.mark.parametrize(
-    ("fields", "name"), [(lambda x: {"loss": x}, "loss"), (lambda x: {"by": {"easy": [1.0, x]}}, r"by\.easy\[1\]")]
-)
+@pytest.mark.parametrize(("fields", "name"), [(lambda x: {"loss": x}, "loss"), (lambda x: {"by": {"easy": [1.0, x]}}, r"by\.easy\[1\]")])
 def test_a_number_that_is_none_is_refused_by_name(tmp_path: pathlib.Path, value: Any, fields: Any, name: str) -> None:
     log = MetricsLog(tmp_path)
     with pytest.raises(ValueError, match=f"metric {name} is "):

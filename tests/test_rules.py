@@ -109,8 +109,7 @@ def test_rule_1_merging_transitions_changes_nothing(aggregation):
     merged = make_table(make_rollout("a", 1.0, lengths=[2]), make_rollout("a", 0.0, lengths=[6]))
     logp = np.linspace(-2, -0.5, 16).astype(np.float32)
     results = [
-        loss_and_gradient(aggregation, table, make_tokens(table), advantage_of("lightningrl", table), logp)
-        for table in (split, merged)
+        loss_and_gradient(aggregation, table, make_tokens(table), advantage_of("lightningrl", table), logp) for table in (split, merged)
     ]
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)

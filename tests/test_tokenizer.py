@@ -55,9 +55,7 @@ def test_any_text_round_trips(tokenizer: PreTrainedTokenizerFast, text: str) -> 
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "\n\n a", "user\nuser\n", "😀é\u0301\u200d", "a_b__c 3.14e-7 'x''y'", "\x00\x7f\xa0"]
-)
+@pytest.mark.parametrize("text", ["", " ", "\n\n a", "user\nuser\n", "😀é\u0301\u200d", "a_b__c 3.14e-7 'x''y'", "\x00\x7f\xa0"])
 def test_awkward_texts_round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -123,8 +121,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: PreTrainedTokenizerFast, tmp
 
 def test_training_is_deterministic_across_processes(tokenizer: PreTrainedTokenizerFast) -> None:
     program = (
-        "from lightningrl.tokenizer import train_tokenizer\n"
-        f"print(train_tokenizer({CORPUS!r}, 512).backend_tokenizer.to_str(), end='')"
+        f"from lightningrl.tokenizer import train_tokenizer\nprint(train_tokenizer({CORPUS!r}, 512).backend_tokenizer.to_str(), end='')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout == tokenizer.backend_tokenizer.to_str()

@@ -11,7 +11,12 @@ from lightningrl.model.params import init_params
 from lightningrl.policy import Policy
 from lightningrl.tokenizer import train_tokenizer
 
-TEXTS = ["How many singers are there?", "SELECT count(*) FROM singer", "name country age", "CORRECT INCORRECT Result: error"] * 4
+TEXTS = [
+    "How many singers are there?",
+    "SELECT count(*) FROM singer",
+    "name country age",
+    "CORRECT INCORRECT Result: error",
+] * 4
 
 
 @functools.cache

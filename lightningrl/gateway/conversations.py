@@ -39,9 +39,7 @@ class Conversations:
                 if key not in self._turns or self._turns[key][0].arrival > call.arrival:
                     self._turns[key] = (call, choice)
 
-    def prompt(
-        self, messages: Sequence[Message], tools: Sequence[Tool], renderer: Renderer
-    ) -> tuple[np.ndarray, tuple[Call, int] | None]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool], renderer: Renderer) -> tuple[np.ndarray, tuple[Call, int] | None]:
         """Prompt ids int32 [p] of a request, and the (call, choice) they extend: that of the longest match, or None."""
         prefixes = _fingerprints(messages, tools)
         for length in range(len(messages), 0, -1):

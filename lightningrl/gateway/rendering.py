@@ -34,9 +34,7 @@ class Renderer:
         self.vocabulary = len(tokenizer)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         if "ByteLevel" not in json.dumps(state["decoder"]):
-            raise GatewayError(
-                "the tokenizer is not byte-level BPE: take one that is, such as Qwen's, Llama 3's or train_tokenizer's"
-            )
+            raise GatewayError("the tokenizer is not byte-level BPE: take one that is, such as Qwen's, Llama 3's or train_tokenizer's")
         self._added = {token["content"]: token["id"] for token in state["added_tokens"]}
         self._hidden = {token["id"] for token in state["added_tokens"] if token["special"]}
         self._marker = re.compile("(" + "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) + ")")

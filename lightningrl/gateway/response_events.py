@@ -10,9 +10,7 @@ from lightningrl.gateway.errors import ApiError
 from lightningrl.gateway.exchange import Exchange
 
 
-async def response_events(
-    exchange: Exchange, shell: dict[str, Any], complete: Callable[[], dict[str, Any]]
-) -> AsyncIterator[bytes]:
+async def response_events(exchange: Exchange, shell: dict[str, Any], complete: Callable[[], dict[str, Any]]) -> AsyncIterator[bytes]:
     """Text as it is sampled, then the tool calls, each whole; `complete()` is the finished response."""
     events = _Events()
     call, stream = exchange.call, exchange.text_stream()
@@ -59,9 +57,7 @@ async def response_events(
         yield events("error", code=details["code"], message=details["message"], param=details["param"])
 
 
-def _message_done(
-    events: _Events, response: dict[str, Any], message_id: str, text_at: dict[str, Any], words: str
-) -> Iterator[bytes]:
+def _message_done(events: _Events, response: dict[str, Any], message_id: str, text_at: dict[str, Any], words: str) -> Iterator[bytes]:
     # What was streamed is what the finished response says, white space beside tool calls included.
     if not response["output"] or response["output"][0]["type"] != "message":
         item = {"type": "message", "id": message_id, "role": "assistant", "status": "completed", "content": []}

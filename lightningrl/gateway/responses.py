@@ -54,8 +54,7 @@ async def responses(service: Service, request: Request) -> Response:
         prompt_field="input",
     )
     tools = [
-        Tool(function=Function(name=tool.name, description=tool.description, parameters=tool.parameters))
-        for tool in fields.tools or ()
+        Tool(function=Function(name=tool.name, description=tool.description, parameters=tool.parameters)) for tool in fields.tools or ()
     ]
     exchange = converse(session, service.sampler, service.renderer, incoming, tools, _tool_choice(fields))
     shell = _shell(exchange, fields, raw)

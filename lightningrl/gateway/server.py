@@ -126,9 +126,7 @@ class Gateway:
             sampling: settings that replace the agent's.
         """
         key = secrets.token_urlsafe(24)
-        self._service.sessions[key] = Session(
-            rollout_id, seed, train_roles, sampling or SamplingOverrides(), self._service.settings
-        )
+        self._service.sessions[key] = Session(rollout_id, seed, train_roles, sampling or SamplingOverrides(), self._service.settings)
         return key
 
     def close(self, api_key: str) -> CallRecord:

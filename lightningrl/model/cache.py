@@ -13,6 +13,7 @@ from lightningrl.model.attention import attend
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.decoder import block, rms_norm, rope_of
 from lightningrl.model.params import Params
+from lightningrl.table import Array
 
 
 @struct.dataclass
@@ -32,7 +33,7 @@ def init_cache(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype = 
 
 
 def extend(
-    params: Params, config: ModelConfig, cache: KVCache, slots: jax.Array | None, tokens: jax.Array, start: jax.Array
+    params: Params, config: ModelConfig, cache: KVCache, slots: Array | None, tokens: Array, start: Array
 ) -> tuple[jax.Array, KVCache]:
     """Computes new tokens of some slots and writes their keys and values into the cache.
 

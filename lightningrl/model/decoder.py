@@ -15,6 +15,7 @@ from lightningrl.model.attention import attend_rows, tree_mask
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
 from lightningrl.model.rope import rotate, rotation
+from lightningrl.table import Array
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q [B,K,G,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,K,G,T,d]
 
@@ -49,12 +50,12 @@ def block(layer: Params, config: ModelConfig, x: jax.Array, rope: tuple[jax.Arra
     return (flat + (jax.nn.silu(gate) * up) @ layer["down"]).reshape(b, t, d)
 
 
-def rope_of(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_of(config: ModelConfig, positions: Array) -> tuple[jax.Array, jax.Array]:
     cos, sin = rotation(config, positions)
     return cos[:, None, None], sin[:, None, None]
 
 
-def forward(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, end: jax.Array) -> jax.Array:
+def forward(params: Params, config: ModelConfig, tokens: Array, positions: Array, end: Array) -> jax.Array:
     """Hidden states of rows of tries, after the final norm.
 
     Args:

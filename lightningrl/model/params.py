@@ -41,7 +41,10 @@ def abstract_params(config: ModelConfig) -> Params:
             "attention_norm": ArrayInfo((d,), (None,), "ones"),
             "qkv": ArrayInfo((d, c.num_kv_heads, q_k_v, c.head_dim), ("embed", "kv_heads", None, None), "normal", d),
             "attention_out": ArrayInfo(
-                (c.num_kv_heads, c.queries_per_kv, c.head_dim, d), ("kv_heads", None, None, "embed"), "normal", c.num_heads * c.head_dim
+                (c.num_kv_heads, c.queries_per_kv, c.head_dim, d),
+                ("kv_heads", None, None, "embed"),
+                "normal",
+                c.num_heads * c.head_dim,
             ),
             "mlp_norm": ArrayInfo((d,), (None,), "ones"),
             "gate_up": ArrayInfo((d, 2, c.intermediate_size), ("embed", None, "mlp"), "normal", d),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightningrl.model.config import ModelConfig
+from lightningrl.table import Array
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
@@ -23,7 +24,7 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def rotation(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation(config: ModelConfig, positions: Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position's angles. positions: int [...]; returns float32 [..., head_dim / 2] twice."""
     angle = positions[..., None].astype(jnp.float32) * frequencies(config)
     return jnp.cos(angle), jnp.sin(angle)

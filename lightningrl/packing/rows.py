@@ -31,7 +31,7 @@ class Rows:
 class RowSettings:
     """The few shapes that the step is compiled for."""
 
-    lengths: tuple[int, ...] = (128, 192, 320)  # row lengths, ascending
+    lengths: tuple[int, ...] = (256,)  # row lengths, ascending
     tokens: int = 2048  # tokens of a micro-batch, B · T
     edges: int = 512  # edges of a micro-batch, E; at least the longest row
 
@@ -64,6 +64,7 @@ class PackedBatch:
 class _Chain:
     ids: np.ndarray  # the longest member's prompt + response
     members: list[int]  # positions in the list of transitions
+    edges: int  # response tokens of all members; a token that several of them hold counts for each
 
 
 def pack(
@@ -85,7 +86,7 @@ def pack(
     """
     if not transitions:
         raise ValueError("there is no transition to train on: every rollout failed, or none of its calls is trainable")
-    chains = _chains(transitions, rollout)
+    chains = _chains(transitions, rollout, settings.edges)
     longest = max(len(c.ids) for c in chains)
     if longest > settings.lengths[-1]:
         raise ValueError(
@@ -94,7 +95,7 @@ def pack(
     rows: list[Rows] = []
     edges: list[dict[str, np.ndarray]] = []
     for length, group in _by_length(chains, settings.lengths):
-        for batch in _fill(group, transitions, length, settings.rows(length, multiple), settings.edges):
+        for batch in _fill(group, length, settings.rows(length, multiple), settings.edges):
             made, table = _lay_out(batch, transitions, index, length, settings.rows(length, multiple), settings.edges)
             rows.append(made)
             edges.append(table)
@@ -106,8 +107,8 @@ def pack(
     )
 
 
-def _chains(transitions: Sequence[Transition], rollout: Sequence[int]) -> list[_Chain]:
-    """Longest first within a rollout, so that a prefix always meets the chain it is part of."""
+def _chains(transitions: Sequence[Transition], rollout: Sequence[int], edges: int) -> list[_Chain]:
+    """Longest first within a rollout, so that a prefix always meets the chain it is part of. None has more than `edges` edges."""
     by_rollout: dict[int, list[int]] = {}
     for i, r in enumerate(rollout):
         by_rollout.setdefault(r, []).append(i)
@@ -116,11 +117,13 @@ def _chains(transitions: Sequence[Transition], rollout: Sequence[int]) -> list[_
         mine: list[_Chain] = []
         ids = {i: np.concatenate([transitions[i].prompt_ids, transitions[i].response_ids]) for i in members}
         for i in sorted(members, key=lambda i: (-len(ids[i]), i)):
-            host = next((c for c in mine if np.array_equal(c.ids[: len(ids[i])], ids[i])), None)
+            cost = len(transitions[i].response_ids)
+            host = next((c for c in mine if c.edges + cost <= edges and np.array_equal(c.ids[: len(ids[i])], ids[i])), None)
             if host is None:
-                mine.append(_Chain(ids[i], [i]))
+                mine.append(_Chain(ids[i], [i], cost))
             else:
                 host.members.append(i)
+                host.edges += cost
         chains.extend(mine)
     return chains
 
@@ -132,15 +135,13 @@ def _by_length(chains: list[_Chain], lengths: tuple[int, ...]) -> list[tuple[int
     return [(length, group) for length, group in zip(lengths, groups, strict=True) if group]
 
 
-def _fill(
-    chains: list[_Chain], transitions: Sequence[Transition], length: int, rows: int, edges: int
-) -> list[list[list[_Chain]]]:
+def _fill(chains: list[_Chain], length: int, rows: int, edges: int) -> list[list[list[_Chain]]]:
     """First-fit decreasing: micro-batches of rows of chains, none over its tokens or edges."""
     batches: list[list[list[_Chain]]] = []
     room: list[list[int]] = []  # per batch and row
     edges_left: list[int] = []
     for chain in sorted(chains, key=lambda c: -len(c.ids)):  # stable: ties keep their order
-        size, cost = len(chain.ids), sum(len(transitions[i].response_ids) for i in chain.members)
+        size, cost = len(chain.ids), chain.edges
         for b in range(len(batches) + 1):
             if b == len(batches):
                 batches.append([])

@@ -49,14 +49,23 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def run_on_agent_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs `work` on the agents' loop and waits for it; Ctrl-C in the waiting thread cancels it and leaves at once."""
-    future = asyncio.run_coroutine_threadsafe(work, agent_loop())
+    """Runs `work` on the agents' loop and waits for it; Ctrl-C in the waiting thread cancels it and leaves."""
+    ended = threading.Event()
+
+    async def work_to_its_end() -> Result:
+        try:
+            return await work
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(work_to_its_end(), agent_loop())
     try:
         return future.result()
     except Interrupt:
         raise KeyboardInterrupt from None
     except BaseException:
         future.cancel()
+        ended.wait(_GRACE_S)  # runs give back their keys, which must happen before the caller closes the gateway
         raise
 
 

@@ -59,15 +59,11 @@ def with_rewards(rollout: Rollout, functions: Sequence[Callable[[Rollout], tuple
                 "it must give one finite number per call"
             )
         totals = [total + float(reward) + 0.0 for total, reward in zip(totals, rewards, strict=True)]
-    transitions = (
-        dataclasses.replace(transition, reward=total) for transition, total in zip(rollout.transitions, totals, strict=True)
-    )
+    transitions = (dataclasses.replace(transition, reward=total) for transition, total in zip(rollout.transitions, totals, strict=True))
     return dataclasses.replace(rollout, transitions=tuple(transitions))
 
 
-def _answered_with_error(
-    transitions: tuple[Transition, ...], index: Mapping[int, int], i: int, transition: Transition
-) -> Iterator[int]:
+def _answered_with_error(transitions: tuple[Transition, ...], index: Mapping[int, int], i: int, transition: Transition) -> Iterator[int]:
     messages = transition.messages
     last_reply = max((k for k, message in enumerate(messages) if message.get("role") == "assistant"), default=-1)
     # Results before the last reply were answered in the conversation that this one continues, where they were charged.

@@ -6,10 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from lightningrl.table import Array
+
 MAX_ALTERNATIVES = 20  # what OpenAI's top_logprobs allows at most
 
 
-def truncate(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+def truncate(logits: jax.Array, top_p: Array, top_k: Array) -> jax.Array:
     """Sets to -∞ what top-k and nucleus sampling (arXiv 1904.09751, §3.1) leave out; the likeliest token always stays.
 
     Args:
@@ -26,9 +28,7 @@ def truncate(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def choose(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def choose(logits: jax.Array, keys: jax.Array, temperature: Array, top_p: Array, top_k: Array) -> tuple[jax.Array, jax.Array]:
     """Samples one token a row by the Gumbel trick, argmax(logits/τ + g); greedy where τ = 0.
 
     Args:
@@ -49,7 +49,7 @@ def choose(
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
 
-def likeliest(logits: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+def likeliest(logits: jax.Array, temperature: Array) -> tuple[jax.Array, jax.Array]:
     """The likeliest tokens of each row, of the same distribution as `choose`'s log-probs.
 
     Returns:

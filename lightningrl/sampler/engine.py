@@ -31,9 +31,9 @@ OnTokens = Callable[[np.ndarray, np.ndarray], None]
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
     slots: int = 32  # conversations decoded at once
-    context_length: int = 320  # prompt and response together, at most
+    context_length: int = 256  # prompt and response together, at most
     prefill_rows: int = 8  # prompts read at once
-    chunk: int = 32  # prompt tokens read at once, per prompt
+    chunk: int = 64  # prompt tokens read at once, per prompt
     steps: int = 4  # tokens decoded per return to the host
 
 
@@ -57,9 +57,7 @@ class _Request:
 class PolicySampler:
     """Implements `types.Sampler` over the policy's parameters. Use as a context manager, or call `start` and `stop`."""
 
-    def __init__(
-        self, params: Params, config: ModelConfig, tokenizer: Any, settings: SamplerSettings, policy_version: int = 0
-    ) -> None:
+    def __init__(self, params: Params, config: ModelConfig, tokenizer: Any, settings: SamplerSettings, policy_version: int = 0) -> None:
         if settings.context_length % settings.chunk:
             raise ValueError(f"context_length={settings.context_length} must be a multiple of chunk={settings.chunk}")
         self.settings, self._config, self._tokenizer = settings, config, tokenizer
@@ -205,7 +203,7 @@ class PolicySampler:
         )
         state, burst = jax.device_get((state, burst))
         self._state = jax.tree.map(np.array, state)
-        for slot in np.flatnonzero(was_active):
+        for slot in np.flatnonzero(was_active).tolist():
             request = self._slots[slot]
             assert request is not None
             count = int((burst.token[:, slot] >= 0).sum())

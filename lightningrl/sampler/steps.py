@@ -7,6 +7,7 @@ is the first input of decoding.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -18,22 +19,23 @@ from lightningrl.model.config import ModelConfig
 from lightningrl.model.decoder import logits as logits_of
 from lightningrl.model.params import Params
 from lightningrl.sampler.choose import choose, likeliest
+from lightningrl.table import Array
 
 
 @struct.dataclass
 class SlotState:
     """What decoding needs to know of each slot. An idle slot has `active` false and writes nothing."""
 
-    token: jax.Array  # int32 [S], the next input
-    position: jax.Array  # int32 [S], where it goes in the cache
-    generated: jax.Array  # int32 [S], response tokens so far
-    max_tokens: jax.Array  # int32 [S]
-    active: jax.Array  # bool [S]
-    key: jax.Array  # uint32 [S, 2], the response's key; token i is drawn with fold_in(key, i)
-    temperature: jax.Array  # float32 [S], 0 is greedy
-    top_p: jax.Array  # float32 [S]
-    top_k: jax.Array  # int32 [S]
-    alternatives: jax.Array  # bool [S], whether likely alternatives are wanted
+    token: Array  # int32 [S], the next input
+    position: Array  # int32 [S], where it goes in the cache
+    generated: Array  # int32 [S], response tokens so far
+    max_tokens: Array  # int32 [S]
+    active: Array  # bool [S]
+    key: Array  # uint32 [S, 2], the response's key; token i is drawn with fold_in(key, i)
+    temperature: Array  # float32 [S], 0 is greedy
+    top_p: Array  # float32 [S]
+    top_k: Array  # int32 [S]
+    alternatives: Array  # bool [S], whether likely alternatives are wanted
 
 
 @struct.dataclass
@@ -47,9 +49,7 @@ class Burst:
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def prefill(
-    params: Params, cache: KVCache, slots: jax.Array, tokens: jax.Array, start: jax.Array, *, config: ModelConfig
-) -> KVCache:
+def prefill(params: Params, cache: KVCache, slots: jax.Array, tokens: jax.Array, start: jax.Array, *, config: ModelConfig) -> KVCache:
     """Reads one aligned chunk of some prompts. slots: int32 [P] (≥ S: an empty row); tokens: int32 [P, C]; start: int32 [P]."""
     return extend(params, config, cache, slots, tokens, start)[1]
 
@@ -76,8 +76,8 @@ def decode(
         generated = s.generated + s.active
         goes_on = s.active & (token != end_token) & (generated < s.max_tokens)
         out = Burst(token=jnp.where(s.active, token, -1), logprob=logprob, top_id=top_id, top_logprob=top_logprob)
-        after = s.replace(
-            token=jnp.where(s.active, token, s.token), position=s.position + s.active, generated=generated, active=goes_on
+        after = dataclasses.replace(
+            s, token=jnp.where(s.active, token, s.token), position=s.position + s.active, generated=generated, active=goes_on
         )
         return (cache, after), out
 

@@ -305,9 +305,7 @@ def test_the_plain_agents_tasks_file(tmp_path: Path) -> None:
     assert tasks[0] == Task("snow-a", {"topic": "snow", "letter": "a"}, "a")
 
 
-@pytest.mark.parametrize(
-    ("verse", "share"), [(["a", "aA"], 1.0), (["a b", "bcd a"], 0.375), (["", " "], 0.0), (["b", "A"], 0.5)]
-)
+@pytest.mark.parametrize(("verse", "share"), [(["a", "aA"], 1.0), (["a b", "bcd a"], 0.375), (["", " "], 0.0), (["b", "A"], 0.5)])
 def test_the_plain_agents_reward(verse: list[str], share: float) -> None:
     assert plain_openai.reward({}, "a", verse) == share
 

@@ -51,8 +51,7 @@ def test_streaming_with_a_tool_parser_records_the_sampled_ids(stage: Stage) -> N
     stage.play(["Wait.\n" + CALL, "Done."])
     client = stage.client()
     deltas = [
-        chunk.choices[0].delta
-        for chunk in client.chat.completions.create(model="policy", messages=[USER], tools=[SEARCH], stream=True)
+        chunk.choices[0].delta for chunk in client.chat.completions.create(model="policy", messages=[USER], tools=[SEARCH], stream=True)
     ]
     calls = [call.model_dump() for delta in deltas for call in delta.tool_calls or ()]
     said = {"role": "assistant", "content": "".join(delta.content or "" for delta in deltas), "tool_calls": calls}
@@ -107,9 +106,7 @@ def test_an_over_long_prompt_is_an_error_and_is_never_cut(stage: Stage) -> None:
     """v0.x cuts prompts to max_prompt_length and trains on what is left of the row."""
     stage.play(["A"])
     messages = [{"role": "user", "content": "word " * 3000}]
-    answer = httpx.post(
-        f"{stage.url}/chat/completions", json={"model": "policy", "messages": messages}, headers=stage.headers()
-    )
+    answer = httpx.post(f"{stage.url}/chat/completions", json={"model": "policy", "messages": messages}, headers=stage.headers())
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     assert stage.sampler.submitted == [] and stage.transitions() == ()
 

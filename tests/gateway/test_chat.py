@@ -265,9 +265,7 @@ def test_tool_choice_none_keeps_the_conversation_and_parses_nothing(stage: Stage
 def test_a_forced_tool_call_is_opened_for_the_policy(stage: Stage, choice: Any, prefill: str, said: str) -> None:
     stage.play([said, "Done."])
     client = stage.client()
-    message = (
-        client.chat.completions.create(model="policy", messages=[USER], tools=[SEARCH], tool_choice=choice).choices[0].message
-    )
+    message = client.chat.completions.create(model="policy", messages=[USER], tools=[SEARCH], tool_choice=choice).choices[0].message
     (call,) = message.tool_calls
     assert json.loads(call.function.arguments) == {"query": "x"}
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "r"}

@@ -102,9 +102,7 @@ def test_a_body_that_is_no_json_object_is_400(stage: Stage, body: bytes) -> None
     assert (answer.status_code, error(answer)["code"]) == (400, "invalid_json")
 
 
-@pytest.mark.parametrize(
-    ("path", "param"), [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")]
-)
+@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")])
 def test_a_prompt_past_the_context_is_400(stage: Stage, path: str, param: str) -> None:
     stage.play([])
     text = "<|im_end|>word " * 2000

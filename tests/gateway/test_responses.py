@@ -83,8 +83,7 @@ def test_streaming_says_the_same_as_not_streaming(stage: Stage, said: str, tools
 
     def content(response: Any) -> list[Any]:
         return [
-            (item.type, item.content[0].text.strip() if item.type == "message" else (item.name, item.arguments))
-            for item in response.output
+            (item.type, item.content[0].text.strip() if item.type == "message" else (item.name, item.arguments)) for item in response.output
         ]
 
     assert content(final) == content(whole)
@@ -104,9 +103,7 @@ def test_a_response_cut_by_length_is_incomplete(stage: Stage) -> None:
 
 def test_logprobs_on_request(stage: Stage) -> None:
     stage.play(["ab"])
-    answer = stage.client().responses.create(
-        model="policy", input="hi", include=["message.output_text.logprobs"], top_logprobs=1
-    )
+    answer = stage.client().responses.create(model="policy", input="hi", include=["message.output_text.logprobs"], top_logprobs=1)
     (item,) = answer.output
     (transition,) = stage.transitions()
     entries = item.content[0].logprobs

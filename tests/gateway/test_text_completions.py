@@ -54,9 +54,7 @@ def test_streaming_n_and_logprobs(stage: Stage) -> None:
     client = stage.client()
     whole = client.completions.create(model="policy", prompt="A", n=2, logprobs=1)
     texts = ["", ""]
-    for chunk in client.completions.create(
-        model="policy", prompt="A", n=2, stream=True, stream_options={"include_usage": True}
-    ):
+    for chunk in client.completions.create(model="policy", prompt="A", n=2, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [choice.text for choice in whole.choices] == ["é one", "two"]

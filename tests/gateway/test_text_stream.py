@@ -121,9 +121,7 @@ def Renderer_of(tokenizer: Any) -> Renderer:  # noqa: N802
     return _renderers.setdefault(id(tokenizer), Renderer(tokenizer))
 
 
-@hypothesis.given(
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=5)
-)
+@hypothesis.given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=5))
 def test_any_arguments_come_through_as_they_are(value: Any) -> None:
     arguments = {"value": value}
     (parsed,) = parse_reply(OPEN + json.dumps({"name": "f", "arguments": arguments}) + "</tool_call>", TOOLS).calls

@@ -135,9 +135,7 @@ def test_value_loss_under_its_own_mask_is_the_mean_over_transitions():
 
 
 def test_negative_log_likelihood():
-    inputs = inputs_of(
-        logp=[-1, -2, -3, -4, -5, -6, -7, -8], advantage=[2, -2, 0, 1, 1, 1, 1, 1], mask=[True] * 5 + [False] * 3
-    )
+    inputs = inputs_of(logp=[-1, -2, -3, -4, -5, -6, -7, -8], advantage=[2, -2, 0, 1, 1, 1, 1, 1], mask=[True] * 5 + [False] * 3)
     loss, keep, aux = losses.negative_log_likelihood(inputs)
     assert loss.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
     assert keep.tolist() == inputs.tokens.mask.tolist()

@@ -11,16 +11,12 @@ from lightningrl.runtime.intermediate import with_rewards
 from lightningrl.types import Rollout, Task, Transition
 
 
-def call(
-    text: str, *messages: tuple[str, Any], role: str = "writer", continues: int | None = None, reward: float = 0.0
-) -> Transition:
+def call(text: str, *messages: tuple[str, Any], role: str = "writer", continues: int | None = None, reward: float = 0.0) -> Transition:
     sent = tuple({"role": speaker, "content": content} for speaker, content in messages)
     prompt = np.frombuffer(repr(sent).encode(), np.uint8).astype(np.int32)
     response = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
     logprobs = np.zeros(len(response), np.float32)
-    return Transition(
-        prompt, response, logprobs, 1.0, 0, role, turn=0, reward=reward, continues=continues, messages=sent, text=text
-    )
+    return Transition(prompt, response, logprobs, 1.0, 0, role, turn=0, reward=reward, continues=continues, messages=sent, text=text)
 
 
 def run(*calls: Transition) -> Rollout:

@@ -25,7 +25,12 @@ def sampler(settings: SamplerSettings = SETTINGS, seed: int = 0) -> PolicySample
 
 def requests(count: int, vocabulary: int = 300) -> list[tuple[np.ndarray, SamplingParams, tuple[int, int]]]:
     rng = np.random.default_rng(0)
-    kinds = [SamplingParams(20), SamplingParams(12, temperature=0.7), SamplingParams(8, temperature=0.0), SamplingParams(9, top_p=0.8, top_k=7)]
+    kinds = [
+        SamplingParams(20),
+        SamplingParams(12, temperature=0.7),
+        SamplingParams(8, temperature=0.0),
+        SamplingParams(9, top_p=0.8, top_k=7),
+    ]
     return [
         (rng.integers(7, vocabulary, rng.integers(1, 70)).astype(np.int32), kinds[i % 4], (i, int(rng.integers(2**32))))
         for i in range(count)

@@ -79,9 +79,7 @@ def test_help_installs_nothing(checkout: Checkout, script: str) -> None:
         (["--database=/nowhere.sqlite"], "there is no database file /nowhere.sqlite."),
     ],
 )
-def test_bad_arguments_get_one_sentence_before_anything_is_installed(
-    checkout: Checkout, arguments: list[str], sentence: str
-) -> None:
+def test_bad_arguments_get_one_sentence_before_anything_is_installed(checkout: Checkout, arguments: list[str], sentence: str) -> None:
     result = checkout.run("scripts/quickstart.sh", *arguments)
     assert (result.returncode, result.stderr) == (2, f"quickstart.sh: {sentence}\n")
     assert not checkout.calls("")
@@ -94,16 +92,12 @@ def test_test_script_refuses_an_unknown_argument(checkout: Checkout) -> None:
 
 def test_quickstart_passes_its_settings_on(checkout: Checkout) -> None:
     (checkout.bin / "my.sqlite").touch()
-    result = checkout.run(
-        "scripts/quickstart.sh", "--out", "my runs/x", "--seed=3", "--database", "my.sqlite", "--smoke", "--controls"
-    )
+    result = checkout.run("scripts/quickstart.sh", "--out", "my runs/x", "--seed=3", "--database", "my.sqlite", "--smoke", "--controls")
     assert result.returncode == 0, result.stderr
     (call,) = checkout.calls("-m experiments.text_to_sql")
     settings, timings = call.split(" --seconds_install=")
     here = checkout.bin
-    assert (
-        settings == f"-m experiments.text_to_sql --out={here}/my runs/x --seed=3 --database={here}/my.sqlite --smoke --controls"
-    )
+    assert settings == f"-m experiments.text_to_sql --out={here}/my runs/x --seed=3 --database={here}/my.sqlite --smoke --controls"
     seconds, started = timings.split(" --started=")
     assert seconds.isdigit() and started.isdigit()
 
@@ -153,16 +147,11 @@ def test_an_old_python_is_told_so(checkout: Checkout) -> None:
 def test_a_python_without_venv_is_told_so(checkout: Checkout) -> None:
     result = checkout.run("scripts/quickstart.sh", BARE="1")
     assert result.returncode == 1
-    assert (
-        result.stderr.startswith("quickstart.sh: python3 has no venv module; install it first")
-        and result.stderr.count("\n") == 1
-    )
+    assert result.stderr.startswith("quickstart.sh: python3 has no venv module; install it first") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("arguments", "selection"), [([], ""), (["--fast"], " -m not slow")])
-def test_the_test_script_runs_style_types_and_tests_in_this_order(
-    checkout: Checkout, arguments: list[str], selection: str
-) -> None:
+def test_the_test_script_runs_style_types_and_tests_in_this_order(checkout: Checkout, arguments: list[str], selection: str) -> None:
     assert checkout.run("scripts/test.sh", *arguments).returncode == 0
     ran = [call for call in checkout.calls("-m") if not call.startswith(("-m venv", "-m pip"))]
     assert ran[:3] == ["-m ruff check .", "-m ruff format --check .", "-m mypy lightningrl experiments"]
@@ -186,8 +175,4 @@ def test_pins_are_names_and_versions_only() -> None:
         name, version = line.split("==")
         assert name.replace("-", "").replace("_", "").replace(".", "").isalnum() and version[0].isdigit() and " " not in line
         names.append(name.lower())
-    assert (
-        lines[0].startswith("#")
-        and names == sorted(names, key=lambda name: name.replace("_", "-"))
-        and len(names) == len(set(names))
-    )
+    assert lines[0].startswith("#") and names == sorted(names, key=lambda name: name.replace("_", "-")) and len(names) == len(set(names))

@@ -31,9 +31,7 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine pets: a tie in age, a NULL, a text that holds the words of SQL, a number kept as text and as REAL."""
     path = tmp_path_factory.mktemp("pets") / "pets.sqlite"
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(
-            "CREATE TABLE pet (id INTEGER PRIMARY KEY, name TEXT, kind TEXT, age INTEGER, weight REAL, chip TEXT)"
-        )
+        connection.execute("CREATE TABLE pet (id INTEGER PRIMARY KEY, name TEXT, kind TEXT, age INTEGER, weight REAL, chip TEXT)")
         connection.executemany(
             "INSERT INTO pet VALUES (?, ?, ?, ?, ?, ?)",
             [

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightningrl.tasks.text_to_sql.demonstrations import Call, Habits, Prompts, demonstrate, favourites, run_as_text
+from lightningrl.tasks.text_to_sql.demonstrations import Habits, Prompts, demonstrate, favourites, run_as_text
 from lightningrl.tasks.text_to_sql.questions import Question, generate_questions
 
 PROMPTS = Prompts(
@@ -107,7 +107,7 @@ def test_the_tool_is_handed_in(questions: list[Question]) -> None:
         asked.append((database, sql))
         return "42"
 
-    calls: list[Call] = demonstrate(questions[0], PROMPTS, np.random.default_rng(0), execute=execute)
+    calls = demonstrate(questions[0], PROMPTS, np.random.default_rng(0), execute=execute)
     assert asked[0] == (questions[0].database, calls[0].response)
     assert calls[1].messages[1]["content"].endswith("Result: 42")
 

@@ -102,9 +102,7 @@ def test_a_result_past_its_rows_is_an_error(pets: Path) -> None:
 
 
 def test_long_values_and_large_results_are_errors(pets: Path) -> None:
-    doubled = (
-        "SELECT a" + "||a" * 60 + " FROM (SELECT hex(hex(hex(hex(hex(hex(name||name||name)))))) AS a FROM pet WHERE id = 7)"
-    )
+    doubled = "SELECT a" + "||a" * 60 + " FROM (SELECT hex(hex(hex(hex(hex(hex(name||name||name)))))) AS a FROM pet WHERE id = 7)"
     assert run_query(pets, doubled).error == "a value or the query is too long"
     many = (
         "WITH RECURSIVE w(x, n) AS (SELECT 'ab', 1 UNION ALL SELECT x || x, n + 1 FROM w WHERE n < 17),"
@@ -131,9 +129,7 @@ def test_reading_pragmas_and_ordinary_functions_work(pets: Path) -> None:
         (1, "pet_id", "INTEGER", 0, None, 0),
         (2, "year", "INTEGER", 0, None, 0),
     ]
-    assert run_query(pets, "SELECT upper(substr(name, 1, 2)), round(weight * 2) FROM pet WHERE name LIKE 'r%'").rows == [
-        ("RE", 6.0)
-    ]
+    assert run_query(pets, "SELECT upper(substr(name, 1, 2)), round(weight * 2) FROM pet WHERE name LIKE 'r%'").rows == [("RE", 6.0)]
 
 
 def test_many_threads_read_one_file(pets: Path) -> None:

@@ -50,9 +50,7 @@ def _write(path: Path, domain: Domain, rng: np.random.Generator) -> None:
             connection.execute(f"CREATE TABLE {quote(table.name)} ({', '.join(columns)})")
             contents = [_contents(values, rows, sizes, rng) for values in table.columns.values()]
             marks = ", ".join("?" * (len(columns)))
-            connection.executemany(
-                f"INSERT INTO {quote(table.name)} VALUES ({marks})", zip(range(1, rows + 1), *contents, strict=True)
-            )
+            connection.executemany(f"INSERT INTO {quote(table.name)} VALUES ({marks})", zip(range(1, rows + 1), *contents, strict=True))
 
 
 def _definition(name: str, values: Values) -> str:

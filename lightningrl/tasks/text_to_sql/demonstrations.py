@@ -15,6 +15,7 @@ import numpy as np
 
 from lightningrl.tasks.text_to_sql.questions import Question
 from lightningrl.tasks.text_to_sql.sql_tool import as_text, run_query
+from lightningrl.types import DemonstratedCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +36,12 @@ class Prompts:
 class Habits:
     """How often the demonstrator is right, and what it does otherwise. Probabilities, each in [0, 1]."""
 
-    draft_right: float = 0.35
-    favourite: float = 0.40  # of the kind's favourite mistake in a first draft; the other mistakes share the rest
+    draft_right: tuple[float, float] = (0.15, 0.55)  # of a first draft, by kind of question: drawn from this range
+    favourite: float = 0.60  # of the wrong drafts, those with the kind's favourite mistake; the other mistakes share the rest
     check_right: float = 0.75
-    rewrite_right: float = 0.45
-    rewrite_repeats: float = 0.20  # the rewriter gives the same query again; otherwise it draws another mistake
+    rewrite_right: float = 0.30
+    rewrite_repeats: float = 0.45  # the rewriter gives the same query again; otherwise it draws another mistake
     seed: int = 0  # which mistake is whose favourite
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of a role: its messages in the OpenAI form, and the demonstrator's response."""
-
-    role: str  # writer, checker, rewriter
-    messages: tuple[Mapping[str, str], ...]
-    response: str
 
 
 def run_as_text(database: str, sql: str) -> str:
@@ -63,7 +55,7 @@ def demonstrate(
     rng: np.random.Generator,
     habits: Habits | None = None,
     execute: Callable[[str, str], str] = run_as_text,
-) -> list[Call]:
+) -> list[DemonstratedCall]:
     """One run of the agent: write, execute, check, and rewrite while the check says so, up to `prompts.max_drafts` drafts.
 
     Every draft but the last is really run by `execute(database, sql)`. All chance comes from `rng`. The question needs
@@ -75,18 +67,18 @@ def demonstrate(
     request = prompts.writer_request.format(schema=question.schema, question=question.question)
     conversation: tuple[Mapping[str, str], ...] = (_message("system", prompts.writer_system), _message("user", request))
     sql = _first_draft(question, habits, rng)
-    calls = [Call("writer", conversation, sql)]
+    calls = [DemonstratedCall("writer", conversation, sql)]
     for _ in range(prompts.max_drafts - 1):
         result = execute(question.database, sql)
         asked = prompts.checker_request.format(question=question.question, sql=sql, result=result)
         truthful = rng.random() < habits.check_right
         verdict = prompts.correct if (sql == question.gold) == truthful else prompts.incorrect
-        calls.append(Call("checker", (_message("system", prompts.checker_system), _message("user", asked)), verdict))
+        calls.append(DemonstratedCall("checker", (_message("system", prompts.checker_system), _message("user", asked)), verdict))
         if verdict == prompts.correct:
             break
         conversation += (_message("assistant", sql), _message("user", prompts.rewriter_request.format(result=result)))
         sql = _next_draft(question, sql, habits, rng)
-        calls.append(Call("rewriter", conversation, sql))
+        calls.append(DemonstratedCall("rewriter", conversation, sql))
     return calls
 
 
@@ -99,12 +91,18 @@ def favourites(question: Question, seed: int) -> list[str]:
     return [sql for _, sql in sorted(question.wrong, key=lambda pair: rank(pair[0]))]
 
 
+def draft_right(kind: str, habits: Habits) -> float:
+    """How often a first draft is right on this kind of question: on some more often than any mistake, on others not."""
+    low, high = habits.draft_right
+    digest = hashlib.blake2b(f"{habits.seed}/{kind}".encode(), digest_size=8).digest()
+    return low + (high - low) * int.from_bytes(digest, "big") / 2**64
+
+
 def _first_draft(question: Question, habits: Habits, rng: np.random.Generator) -> str:
     favourite, *others = favourites(question, habits.seed)
-    draw = rng.random()
-    if draw < habits.draft_right:
+    if rng.random() < draft_right(question.kind, habits):
         return question.gold
-    if draw < habits.draft_right + habits.favourite or not others:
+    if rng.random() < habits.favourite or not others:
         return favourite
     return others[rng.integers(len(others))]
 

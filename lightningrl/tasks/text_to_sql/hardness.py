@@ -22,17 +22,13 @@ def hardness(sql: str) -> str:
     joins = words["from"].count("join") + words["from"].count(",")
     first = sum(bool(clauses[name]) for name in ("where", "group", "order", "limit"))
     first += joins + conditions.count("or") + conditions.count("like")
-    nested = parts + sum(
-        isinstance(token, list) and "select" in token[:1] for name in ("where", "having") for token in clauses[name]
-    )
+    nested = parts + sum(isinstance(token, list) and "select" in token[:1] for name in ("where", "having") for token in clauses[name])
     others = _others(clauses, words)
     if first <= 1 and others == 0 and nested == 0:
         return "easy"
     if nested == 0 and ((others <= 2 and first <= 1) or (first <= 2 and others < 2)):
         return "medium"
-    if (nested == 0 and ((others > 2 and first <= 2) or (2 < first <= 3 and others <= 2))) or (
-        first <= 1 and others == 0 and nested <= 1
-    ):
+    if (nested == 0 and ((others > 2 and first <= 2) or (2 < first <= 3 and others <= 2))) or (first <= 1 and others == 0 and nested <= 1):
         return "hard"
     return "extra"
 

@@ -61,9 +61,7 @@ class Query:
         if self.join is not None:
             link = self.join
             other = link.parent if self.table == link.child else link.child
-            parts.append(
-                f"JOIN {quote(other)} ON {quote(link.child)}.{quote(link.column)} = {quote(link.parent)}.{quote(link.target)}"
-            )
+            parts.append(f"JOIN {quote(other)} ON {quote(link.child)}.{quote(link.column)} = {quote(link.parent)}.{quote(link.target)}")
         if self.where:
             parts.append("WHERE " + f" {self.connective} ".join(condition.render(qualified) for condition in self.where))
         if self.group is not None:

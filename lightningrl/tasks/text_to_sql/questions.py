@@ -42,9 +42,7 @@ class Question:
     gold_rows: int = 1
 
 
-def generate_questions(
-    database: str | Path, seed: int, count: int, *, max_schema_chars: int = MAX_SCHEMA_CHARS
-) -> list[Question]:
+def generate_questions(database: str | Path, seed: int, count: int, *, max_schema_chars: int = MAX_SCHEMA_CHARS) -> list[Question]:
     """Up to `count` different questions about the database, the kinds in equal shares as far as it has room for them.
 
     Every gold answer has been run: 1 to `MAX_ROWS` rows, not all NULL, and where it orders, no ties; the query has at
@@ -78,9 +76,7 @@ def generate_questions(
             if len(questions) == count:
                 break
     if not questions:
-        raise UserError(
-            f"{database}: no question can be made about this database; it needs a table with text or number columns"
-        )
+        raise UserError(f"{database}: no question can be made about this database; it needs a table with text or number columns")
     return questions
 
 
@@ -162,9 +158,7 @@ def split_questions(questions: Sequence[Question], heldout_count: int, seed: int
     train = [
         question
         for question in questions
-        if question.id not in chosen
-        and question.question.lower() not in texts
-        and (question.database, question.gold) not in golds
+        if question.id not in chosen and question.question.lower() not in texts and (question.database, question.gold) not in golds
     ]
     if len(heldout) < heldout_count or not train:
         raise UserError(

@@ -107,9 +107,7 @@ def read_schema(database: str | Path) -> Schema:
     `check_database` does, also where no column can be read.
     """
     check_database(database)
-    listed = run_query(
-        database, "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY rowid", max_rows=100_000
-    )
+    listed = run_query(database, "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY rowid", max_rows=100_000)
     names = [row[0] for row in listed.rows or [] if not row[0].startswith("sqlite_")]
     declared = [link for name in names for link in _declared_links(database, name)]
     keys = {(link.child.lower(), link.column.lower()) for link in declared}

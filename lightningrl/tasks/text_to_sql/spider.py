@@ -82,16 +82,12 @@ def accuracy_by_hardness(questions: Sequence[Question], correct: Sequence[bool])
     groups = {level: [right for question, right in pairs if question.hardness == level] for level in LEVELS}
     groups["all"] = [right for _, right in pairs]
     groups["all_with_rows"] = [right for question, right in pairs if question.gold_rows > 0]
-    return {
-        name: {"count": len(group), "accuracy": sum(map(bool, group)) / len(group)} for name, group in groups.items() if group
-    }
+    return {name: {"count": len(group), "accuracy": sum(map(bool, group)) / len(group)} for name, group in groups.items() if group}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise UserError(
-            f"{path}: there is no such file; Spider's directory has dev.json, train_spider.json, tables.json and database/"
-        )
+        raise UserError(f"{path}: there is no such file; Spider's directory has dev.json, train_spider.json, tables.json and database/")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,0 +1,237 @@
+"""The train step: how a batch is cut, over micro-batches or devices, changes nothing but rounding; nothing is compiled twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lightningrl import losses
+from lightningrl.evidence.critic import turn_values
+from lightningrl.loop import assign, edge_batch
+from lightningrl.packing.rows import PackedBatch, RowSettings, pack
+from lightningrl.recipes import Recipe, get_recipe
+from lightningrl.sharding import batch_multiple, make_mesh
+from lightningrl.table import Evidence
+from lightningrl.tabulate import table_from_rollouts
+from lightningrl.train import EdgeBatch, OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.types import Transition
+from lightningrl.warm_start import ImitationSettings, imitate
+from tests.conversations import rollouts
+from tests.tiny import tiny_policy
+
+LIGHTNINGRL, PPO = get_recipe("lightningrl"), get_recipe("ppo")
+SMALL, LARGE = RowSettings((16, 32), 64, 32), RowSettings((16, 32), 256, 128)
+ONE_ROW_LENGTH = RowSettings((64,), 256, 256)
+# Plain gradient descent shows rounding as rounding. Adam's first step is the sign of the gradient, and a gradient that is 0 but
+# for rounding has no sign.
+DESCENT = optax.sgd(1.0)
+GENTLE = optax.sgd(0.01)
+EPS = np.finfo(np.float32).eps
+
+
+def close(result: Any, expected: Any) -> None:
+    """Equal up to float32 rounding of sums in another order, relative to the largest value of an array."""
+    a, b = np.asarray(result), np.asarray(expected)
+    np.testing.assert_allclose(a, b, rtol=0, atol=128 * EPS * max(np.abs(b).max(), 1e-3))
+
+
+@functools.cache
+def step_of(recipe: Recipe, optimizer: optax.GradientTransformation = DESCENT, value_head: bool = False) -> TrainStep:
+    return TrainStep(tiny_policy(value_head=value_head).config, recipe, optimizer, make_mesh())
+
+
+def packed_in(settings: RowSettings, seed: int = 3, multiple: int = 1) -> tuple[PackedBatch, Any]:
+    made = rollouts(seed)
+    table = table_from_rollouts(made, size=32)
+    flat = [t for r in made for t in r.transitions]
+    return pack(flat, range(len(flat)), table.rollout[: len(flat)].tolist(), settings, multiple=multiple), table
+
+
+def edges_of(packed: PackedBatch, table: Any, step: TrainStep, params: Any) -> EdgeBatch:
+    """Through the recipe's stages, as the loop does."""
+    scores = step.score(params, packed.rows, packed.edges)
+    edges = dataclasses.replace(packed.edges, old_logp=scores.logp, ref_logp=packed.edges.behaviour_logp)
+    evidence = Evidence(value=turn_values(table, edges, scores.value))
+    advantage, value_target = assign(step.recipe, table, evidence)
+    return edge_batch(step.recipe, table, edges, scores, advantage, value_target, evidence)
+
+
+def updated(step: TrainStep, params: Any, settings: RowSettings, multiple: int = 1) -> tuple[TrainState, dict[str, Any]]:
+    packed, table = packed_in(settings, multiple=multiple)
+    return step.update(step.init(params), packed.rows, edges_of(packed, table, step, params))
+
+
+def test_micro_batches_change_nothing() -> None:
+    step, params = step_of(LIGHTNINGRL), tiny_policy().params
+    many, metrics = updated(step, params, SMALL)
+    few, expected = updated(step, params, LARGE)
+    assert len(packed_in(SMALL)[0].rows) > 2 * len(packed_in(LARGE)[0].rows)
+    jax.tree.map(close, many.params, few.params)
+    for name in expected:
+        close(metrics[name], expected[name])
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), few.params, params)
+    assert max(jax.tree.leaves(moved)) > 1e-3  # far more than what `close` lets pass
+
+
+def test_the_state_is_consumed_and_what_it_was_made_from_is_not() -> None:
+    step, params = step_of(LIGHTNINGRL), tiny_policy().params
+    packed, table = packed_in(LARGE)
+    state = step.init(params)
+    after, _ = step.update(state, packed.rows, edges_of(packed, table, step, params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, params)))
+    assert int(after.step) == 1
+
+
+def test_an_update_of_nothing_is_refused() -> None:
+    step = step_of(LIGHTNINGRL)
+    packed, table = packed_in(LARGE)
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        step.update(step.init(tiny_policy().params), (), edges_of(packed, table, step, tiny_policy().params))
+
+
+def test_one_program_for_each_row_length() -> None:
+    """The objective is traced once for its shapes and once a row length; other data, and more of it, compiles nothing again."""
+    traced = []
+
+    def loss(inputs: Any) -> Any:
+        traced.append(inputs.logp.shape)
+        return losses.ppo_clip(inputs, clip_low=0.2, clip_high=0.2)
+
+    step = step_of(dataclasses.replace(LIGHTNINGRL, loss=loss))
+    params = tiny_policy().params
+    batches = [packed_in(SMALL, seed) for seed in (3, 4, 5)]
+    made = [edges_of(packed, table, step, params) for packed, table in batches]
+    assert {r.tokens.shape for packed, _ in batches for r in packed.rows} == {(4, 16), (2, 32)}
+    state = step.init(params)
+    state, _ = step.update(state, batches[0][0].rows, made[0])
+    assert len(traced) == 1 + 2
+
+    compiled = []
+    listener = lambda event, *_, **__: compiled.append(event) if "compile" in event else None  # noqa: E731
+    state, _ = step.update(state, batches[0][0].rows, made[0])  # its state came out of an update, no longer out of init
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        state, _ = step.update(state, batches[0][0].rows, made[0])
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    for (packed, _), edges in zip(batches, made, strict=True):
+        state, _ = step.update(state, packed.rows, edges)
+    assert len(traced) == 1 + 2
+
+
+def test_scores_are_the_old_logprobs_of_the_update() -> None:
+    """At the weights that were scored every ratio is 1, so nothing is clipped: but for rounding, as gradients are another program."""
+    _, metrics = updated(step_of(LIGHTNINGRL), tiny_policy().params, LARGE)
+    close(metrics["ratio_mean"], 1.0)
+    close(metrics["ratio_squared_mean"], 1.0)
+    assert float(metrics["clip_fraction_high"]) == float(metrics["clip_fraction_low"]) == 0.0
+    step, params = step_of(LIGHTNINGRL), tiny_policy().params
+    packed, _ = packed_in(LARGE)
+    first, again = (step.score(params, packed.rows, packed.edges) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_ppo_trains_its_critic() -> None:
+    step, params = step_of(PPO, GENTLE, value_head=True), tiny_policy(value_head=True).params
+    state, metrics = updated(step, params, ONE_ROW_LENGTH)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert float(metrics["value_loss"]) > 0
+    packed, table = packed_in(ONE_ROW_LENGTH)
+    before = edges_of(packed, table, step, params)
+    first = np.asarray(packed.edges.mask & (packed.edges.k == 0))
+    after = np.asarray(step.score(state.params, packed.rows, packed.edges).value)[first]
+    target = np.asarray(before.value_target)[first]
+    assert np.mean((after - target) ** 2) < np.mean(target**2)
+
+
+def test_a_kl_term_pulls_towards_the_reference() -> None:
+    kl = dataclasses.replace(LIGHTNINGRL, name="kl", kl=losses.k3, kl_coef=1.0)
+    step, params = step_of(kl, GENTLE), tiny_policy().params
+    packed, table = packed_in(ONE_ROW_LENGTH)
+    made = edges_of(packed, table, step, params)
+    made = dataclasses.replace(made, advantage=jnp.zeros_like(made.advantage))
+    reference = step.score(tiny_policy(1).params, packed.rows, packed.edges).logp
+    made = dataclasses.replace(made, tokens=dataclasses.replace(made.tokens, ref_logp=reference))
+    state, first = step.update(step.init(params), packed.rows, made)
+    _, second = step.update(state, packed.rows, made)
+    assert 0 < float(second["kl"]) < float(first["kl"])
+    same = dataclasses.replace(made, tokens=dataclasses.replace(made.tokens, ref_logp=made.tokens.old_logp))
+    _, metrics = step.update(step.init(params), packed.rows, same)
+    assert float(metrics["kl"]) < EPS
+
+
+def test_the_learning_rate_follows_its_schedule_and_matrices_only_decay() -> None:
+    params = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=0.5, warmup_steps=1, weight_decay=0.1))
+    state, shrunk = optimizer.init(params), []
+    for _ in range(3):
+        updates, state = optimizer.update(nothing, state, params)
+        np.testing.assert_array_equal(updates["norm"], np.zeros(2))
+        shrunk.append(float(updates["matrix"][0, 0]))
+    np.testing.assert_allclose(shrunk, [-0.025, -0.05, -0.05], rtol=4 * EPS)
+
+
+def demonstrations() -> list[list[Transition]]:
+    return [[dataclasses.replace(t, temperature=1.0) for t in r.transitions] for r in rollouts()]
+
+
+def test_imitation_lowers_the_loss_and_repeats_to_the_last_bit() -> None:
+    policy = tiny_policy()
+
+    def run() -> tuple[Any, list[float]]:
+        seen: list[float] = []
+        settings = ImitationSettings(steps=25, learning_rate=1e-2, tokens_per_step=200)
+        on_step = lambda step, loss: seen.append(loss)  # noqa: E731
+        params = imitate(policy.params, policy.config, demonstrations(), settings, ONE_ROW_LENGTH, make_mesh(), 0, on_step)
+        return params, seen
+
+    (params, seen), (again, seen_again) = run(), run()
+    assert len(seen) == 25
+    assert np.mean(seen[-5:]) < 0.5 * seen[0]
+    assert seen == seen_again
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+SHARDED = """
+import sys, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from lightningrl.sharding import make_mesh
+from lightningrl.train import TrainStep
+from tests import test_train as t
+
+step = TrainStep(t.tiny_policy(value_head=True).config, t.PPO, t.DESCENT, make_mesh(data=2, fsdp=2, tensor=2))
+state, metrics = t.updated(step, t.tiny_policy(value_head=True).params, t.ONE_ROW_LENGTH, multiple=t.batch_multiple(step.mesh))
+embedding = state.params["embedding"].sharding
+assert len(embedding.device_set) == 8 and not embedding.is_fully_replicated, embedding
+leaves = {f"p{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state.params))}
+np.savez(sys.argv[1], **leaves, **{"m_" + name: np.asarray(value) for name, value in metrics.items()})
+"""
+
+
+def test_eight_devices_do_what_one_does(tmp_path: pathlib.Path) -> None:
+    assert batch_multiple(make_mesh()) == 1
+    path = tmp_path / "sharded.npz"
+    root = pathlib.Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", SHARDED, str(path)], cwd=root, check=True, timeout=300)
+    state, metrics = updated(step_of(PPO, value_head=True), tiny_policy(value_head=True).params, ONE_ROW_LENGTH)
+    with np.load(path) as sharded:
+        for i, leaf in enumerate(jax.tree.leaves(state.params)):
+            close(sharded[f"p{i}"], leaf)
+        for name, value in metrics.items():
+            close(sharded[f"m_{name}"], value)
