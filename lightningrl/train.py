@@ -113,7 +113,7 @@ class TrainStep:
             in_shardings=((self._params_at, self._whole), self._params_at, self._rows_at, self._whole, self._whole),
             donate_argnums=0,
         )
-        self._zeros: Any = None  # shapes of what is accumulated
+        self._zeros: Any = None  # makes what accumulation starts from
         self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
 
     def init(self, params: Params) -> TrainState:
@@ -141,8 +141,11 @@ class TrainStep:
 
     def _nothing(self, batch: Any) -> tuple[Params, Metrics]:
         if self._zeros is None:
-            self._zeros = jax.eval_shape(self._gradients_of, *batch)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._zeros)
+            shapes = jax.eval_shape(self._gradients_of, *batch)
+            # Placed as later totals are: zeros that lie elsewhere would have the step traced and compiled once more.
+            at = (self._params_at, self._whole)
+            self._zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=at)
+        return self._zeros()
 
     # ---- traced
     def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:

@@ -39,6 +39,7 @@ class Command:
             "cache": self.folder / "cache",
             "out": self.folder / out,
             "iterations": ITERATIONS,
+            "learning_rate": 0.001,
             "tasks_per_iteration": 3,
             "rollouts_per_task": ROLLOUTS // 3,
             "eval_every": 2,
