@@ -54,7 +54,7 @@ class Config(FitConfig):
     data_dir: str | None = setting(None, "Spider in its official layout: dev.json, train_spider.json, tables.json, database/")
     databases: int = setting(3, "generated databases to train on")
     unseen_databases: int = setting(3, "generated databases, of other domains, to evaluate on only")
-    questions: int = setting(720, "questions, training and held-out together")
+    questions: int = setting(1200, "questions, training and held-out together")
     heldout_questions: int = setting(240, "of those, held out")
     unseen_questions: int = setting(60, "questions about unseen databases")
     demonstrations: int = setting(4000, "runs of the imperfect demonstrator that the warm start imitates")
