@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightningrl.tasks.text_to_sql.demonstrations import Habits, Prompts, demonstrate, favourites, run_as_text
+from lightningrl.tasks.text_to_sql.demonstrations import Habits, Prompts, demonstrate, draft_right, favourites, run_as_text
 from lightningrl.tasks.text_to_sql.questions import Question, generate_questions
 
 PROMPTS = Prompts(
@@ -63,8 +63,8 @@ def test_chance_comes_from_the_generator_alone(questions: list[Question]) -> Non
 
 
 def test_habits_of_certainty(questions: list[Question]) -> None:
-    sure = Habits(draft_right=1.0, check_right=1.0)
-    wrong = Habits(draft_right=0.0, favourite=1.0, check_right=1.0, rewrite_right=0.0, rewrite_repeats=1.0)
+    sure = Habits(draft_right=(1.0, 1.0), check_right=1.0)
+    wrong = Habits(draft_right=(0.0, 0.0), favourite=1.0, check_right=1.0, rewrite_right=0.0, rewrite_repeats=1.0)
     for question in questions:
         right = demonstrate(question, PROMPTS, np.random.default_rng(0), sure)
         assert [(call.role, call.response) for call in right] == [("writer", question.gold), ("checker", "CORRECT")]
@@ -83,11 +83,17 @@ def test_the_demonstrator_is_right_sometimes_on_every_question(questions: list[Q
             calls = demonstrate(question, PROMPTS, rng, habits)
             first[question.id][calls[0].response] += 1
             verdicts[(calls[0].response == question.gold) == (calls[1].response == "CORRECT")] += 1
+    right = favourite = wrong = 0
     for question in questions:
-        assert 15 <= first[question.id][question.gold] <= 60
-        favourite = favourites(question, habits.seed)[0]
-        assert first[question.id][favourite] == max(first[question.id][sql] for _, sql in question.wrong)
-    assert abs(sum(first[q.id][q.gold] for q in questions) / 6400 - 0.35) < 0.02
+        rate = draft_right(question.kind, habits)
+        assert habits.draft_right[0] <= rate <= habits.draft_right[1]
+        count = first[question.id][question.gold]
+        assert 0 < count < 100 and abs(count - 100 * rate) < 5 * 100**0.5 / 2  # five standard errors
+        right += count
+        wrong += 100 - count
+        favourite += first[question.id][favourites(question, habits.seed)[0]]
+    assert abs(right - sum(100 * draft_right(q.kind, habits) for q in questions)) < 5 * (100 * len(questions)) ** 0.5 / 2
+    assert abs(favourite / wrong - habits.favourite) < 5 * 0.5 / wrong**0.5
     assert abs(verdicts[True] / 6400 - 0.75) < 0.02
 
 
