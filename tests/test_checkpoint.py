@@ -132,7 +132,7 @@ def test_leaves_that_would_not_come_back_are_refused(tmp_path: pathlib.Path, lea
 # One process loads orbax once and forks: each child saves checkpoints 1, 2, 3 … and is killed, at the n-th file operation of
 # its run or after a delay; another child then restores what is left and writes what it found as a line of JSON.
 CRASHES = """
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time, traceback
 import jax, numpy as np
 from lightningrl.checkpoint import Checkpoints
 
@@ -154,7 +154,10 @@ def save(directory, point):
     checkpoints = Checkpoints(directory, keep=1)
     for step in range((checkpoints.latest() or 0) + 1, 1_000_000):
         checkpoints.save(step, state(step), {"step": step})
-        (directory.parent / f"{directory.name}.saved").write_text(str(step))
+        # In one stroke: the process is killed at any moment, this line included.
+        saved = directory.parent / f"{directory.name}.saved"
+        saved.with_suffix(".new").write_text(str(step))
+        saved.with_suffix(".new").replace(saved)
 
 def look(directory):
     checkpoints = Checkpoints(directory, keep=1)
@@ -172,9 +175,11 @@ def child(function, *arguments):
     if pid == 0:
         try:
             function(*arguments)
-        finally:
             sys.stdout.flush()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     return pid
 
 for number, point in enumerate(points):
