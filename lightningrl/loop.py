@@ -5,36 +5,34 @@ collect ─► table ─► pack ─► score ─► evidence ─► credit ─�
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightningrl.batches import edge_batch, pack_updates, score
 from lightningrl.checkpoint import Checkpoints
+from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_time
 from lightningrl.errors import UserError
 from lightningrl.evidence.critic import turn_values
 from lightningrl.gateway import SamplingOverrides
-from lightningrl.losses import count_units
 from lightningrl.metrics import MetricsLog
 from lightningrl.model.params import Params
-from lightningrl.packing.rows import PackedBatch, RowSettings, pack
+from lightningrl.packing.rows import RowSettings
 from lightningrl.recipes import Recipe
 from lightningrl.runtime.runner import RolloutRequest, Runner
 from lightningrl.sampler.engine import PolicySampler
 from lightningrl.sharding import batch_multiple
-from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
+from lightningrl.table import Array, Evidence, TransitionTable
 from lightningrl.tabulate import table_from_rollouts, trained_rollouts
-from lightningrl.train import EdgeBatch, Scores, TrainState, TrainStep
+from lightningrl.train import TrainState, TrainStep
 from lightningrl.types import Rollout, Task
 
 TABLE_MULTIPLE = 256  # tables are padded to multiples of this, so that few shapes are compiled
-EDGE_BATCH_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +64,6 @@ class Run:
     checkpoints: Checkpoints
     on_rollout: Callable[[str, int, Rollout], None]
     on_iteration: Callable[[Mapping[str, Any]], None]
-
-
-class Clock:
-    """Seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def train(run: Run, state: TrainState, done: int) -> TrainState:
@@ -142,9 +127,9 @@ def learn(run: Run, state: TrainState, rollouts: Sequence[Rollout], clock: Clock
         error = next((r.error for r in rollouts if r.error), "no call of a trained role was made")
         raise UserError(f"there is nothing to learn from: {error.strip().splitlines()[-1]}")
     with clock("pack"):
-        batches = pack_updates(run, used, table)
+        batches = pack_updates(used, table, run.settings.updates_per_iteration, run.rows, batch_multiple(run.step.mesh))
     with clock("train"):
-        batches, scores = score(run, state, batches)
+        batches, scores = score(run.step, state.params, run.reference, batches)
     with clock("credit"):
         values = [turn_values(table, b.edges, s.value) for b, s in zip(batches, scores, strict=True)]
         evidence = Evidence(value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
@@ -164,70 +149,12 @@ def learn(run: Run, state: TrainState, rollouts: Sequence[Rollout], clock: Clock
     return state, learned
 
 
-def pack_updates(run: Run, rollouts: Sequence[Rollout], table: TransitionTable) -> list[PackedBatch]:
-    """One batch an update; a group is never cut."""
-    transitions = [t for r in rollouts for t in sorted(r.transitions, key=lambda t: t.turn)]
-    updates = run.settings.updates_per_iteration
-    batches = []
-    for u in range(updates):
-        index = [i for i in range(len(transitions)) if table.trainable[i] and table.group[i] % updates == u]
-        if index:
-            chosen = [transitions[i] for i in index]
-            owner = [int(table.rollout[i]) for i in index]
-            batches.append(pack(chosen, index, owner, run.rows, multiple=batch_multiple(run.step.mesh)))
-    return batches
-
-
-def score(run: Run, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], list[Scores]]:
-    """What the policy that the update starts from, and the reference, say of every edge."""
-    scored, scores = [], []
-    for batch in batches:
-        s = run.step.score(state.params, batch.rows, batch.edges)
-        edges = dataclasses.replace(batch.edges, old_logp=s.logp)
-        if run.reference is not None:
-            edges = dataclasses.replace(edges, ref_logp=run.step.score(run.reference, batch.rows, batch.edges).logp)
-        scored.append(dataclasses.replace(batch, edges=edges))
-        scores.append(s)
-    return scored, scores
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def assign(recipe: Recipe, table: TransitionTable, evidence: Evidence) -> tuple[Array, Array]:
     """Evidence to credit to advantage, and what a critic learns; both float32 [N]."""
     credit = recipe.credit(table, evidence)
     target = jnp.zeros_like(credit.value) if recipe.value_target is None else recipe.value_target(table, evidence)
     return recipe.advantage(table, credit, evidence), target
-
-
-def edge_batch(
-    recipe: Recipe,
-    table: TransitionTable,
-    edges: TokenTable,
-    scores: Scores,
-    advantage: Array,
-    value_target: Array,
-    evidence: Evidence,
-) -> EdgeBatch:
-    """What the loss needs of each edge. Padded to few shapes before it is compiled, cut back after."""
-    count = edges.mask.shape[0]
-    padding = -count % EDGE_BATCH_MULTIPLE
-    padded = jax.tree.map(lambda x: jnp.pad(jnp.asarray(x), ((0, padding), (0, 0))), edges)
-    spread, target, counts = _on_edges(recipe, table, padded, advantage, value_target, evidence)
-    return EdgeBatch(
-        tokens=edges,
-        counts=jax.tree.map(lambda x: x[:count], counts),
-        advantage=spread[:count],
-        old_value=scores.value,
-        value_target=target[:count],
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _on_edges(recipe: Recipe, table: TransitionTable, edges: TokenTable, advantage: Array, value_target: Array, evidence: Evidence) -> Any:
-    flat = jax.tree.map(jnp.ravel, edges)
-    shape = edges.mask.shape
-    spread = recipe.spread(table, flat, advantage, evidence).reshape(shape)
-    return spread, value_target[edges.transition], count_units(table, edges)
 
 
 def evaluate(run: Run, iteration: int) -> dict[str, float]:
@@ -250,61 +177,16 @@ def evaluate(run: Run, iteration: int) -> dict[str, float]:
 
 
 def tasks_of(run: Run, iteration: int) -> list[Task]:
-    """The tasks of an iteration: a fresh seeded shuffle for every pass over them."""
+    """The tasks of an iteration: a fresh seeded shuffle for every pass, cut into whole batches; what is left over waits for the next."""
     s, n = run.settings, len(run.tasks)
     per = min(s.tasks_per_iteration, n)
-    chosen: list[Task] = []
-    for position in range((iteration - 1) * per, iteration * per):
-        order = np.random.default_rng([s.seed, position // n]).permutation(n)
-        task = run.tasks[order[position % n]]
-        if task not in chosen:  # a batch that spans two passes may meet a task again
-            chosen.append(task)
-    return chosen
+    passes, batch = divmod(iteration - 1, n // per)
+    order = np.random.default_rng([s.seed, passes]).permutation(n)
+    return [run.tasks[i] for i in order[batch * per : (batch + 1) * per]]
 
 
 def tasks_seen(run: Run, iteration: int) -> int:
     return iteration * min(run.settings.tasks_per_iteration, len(run.tasks))
-
-
-def describe_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Counts and means over rollouts, and whether continuing calls extend the earlier call's ids exactly."""
-    ok = [r for r in rollouts if r.status == "ok"]
-    transitions = [t for r in ok for t in r.transitions]
-    continuing = [(r.transitions[t.continues], t) for r in ok for t in r.transitions if t.continues is not None]
-    exact = sum(
-        np.array_equal(t.prompt_ids[: len(b.prompt_ids) + len(b.response_ids)], np.concatenate([b.prompt_ids, b.response_ids]))
-        for b, t in continuing
-    )
-    return {
-        "train_reward": float(np.mean([r.reward for r in ok])) if ok else 0.0,
-        "rollouts": len(rollouts),
-        "failed": sum(r.status == "failed" for r in rollouts),
-        "timed_out": sum(r.status == "timed_out" for r in rollouts),
-        "calls": len(transitions),
-        "calls_per_rollout": len(transitions) / max(len(ok), 1),
-        "prompt_tokens": int(sum(len(t.prompt_ids) for t in transitions)),
-        "response_tokens": int(sum(len(t.response_ids) for t in transitions)),
-        "continuing_calls": len(continuing),
-        "continuing_calls_exact": int(exact),
-        "intermediate_reward": float(np.mean([sum(t.reward for t in r.transitions) for r in ok])) if ok else 0.0,
-    }
-
-
-def describe_gap(batches: Sequence[PackedBatch], scores: Sequence[Scores]) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's, of the same weights."""
-    gaps = np.concatenate([np.abs(np.asarray(s.logp) - b.edges.behaviour_logp)[b.edges.mask] for b, s in zip(batches, scores, strict=True)])
-    return {"logprob_gap_max": float(gaps.max()), "logprob_gap_mean": float(gaps.mean(dtype=np.float64))}
-
-
-def describe_time(clock: Clock, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of every stage, and tokens per second of those that have tokens."""
-    times = {f"{name}_seconds": clock.seconds.get(name, 0.0) for name in ("agent", "sample", "credit", "pack", "train", "sync", "eval")}
-    rates = {
-        "sampled_tokens_per_second": (metrics.get("response_tokens", 0), clock.seconds.get("sample", 0.0)),
-        "read_tokens_per_second": (metrics.get("prompt_tokens", 0), clock.seconds.get("sample", 0.0)),
-        "trained_tokens_per_second": (metrics.get("trained_tokens", 0), clock.seconds.get("train", 0.0)),
-    }
-    return times | {name: tokens / seconds for name, (tokens, seconds) in rates.items() if seconds > 0}
 
 
 def dataclass_dict(state: TrainState) -> dict[str, Any]:

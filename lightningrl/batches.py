@@ -1,0 +1,85 @@
+"""The batches of an iteration's updates: packed, scored, and with what the loss needs of every edge."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lightningrl.losses import count_units
+from lightningrl.model.params import Params
+from lightningrl.packing.rows import PackedBatch, RowSettings, pack
+from lightningrl.recipes import Recipe
+from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
+from lightningrl.train import EdgeBatch, Scores, TrainStep
+from lightningrl.types import Rollout
+
+EDGE_BATCH_MULTIPLE = 8  # edge tables are padded to multiples of this many micro-batches, so that few shapes are compiled
+
+
+def pack_updates(rollouts: Sequence[Rollout], table: TransitionTable, updates: int, rows: RowSettings, multiple: int) -> list[PackedBatch]:
+    """One batch an update; a group is never cut.
+
+    Args:
+      rollouts: those of `table`, in its order.
+      multiple: rows of a micro-batch are a multiple of it, the number of devices that share them.
+    """
+    transitions = [t for r in rollouts for t in sorted(r.transitions, key=lambda t: t.turn)]
+    batches = []
+    for u in range(updates):
+        index = [i for i in range(len(transitions)) if table.trainable[i] and table.group[i] % updates == u]
+        if index:
+            chosen = [transitions[i] for i in index]
+            owner = [int(table.rollout[i]) for i in index]
+            batches.append(pack(chosen, index, owner, rows, multiple=multiple))
+    return batches
+
+
+def score(
+    step: TrainStep, params: Params, reference: Params | None, batches: Sequence[PackedBatch]
+) -> tuple[list[PackedBatch], list[Scores]]:
+    """What the policy that the update starts from, and the reference, say of every edge."""
+    scored, scores = [], []
+    for batch in batches:
+        s = step.score(params, batch.rows, batch.edges)
+        edges = dataclasses.replace(batch.edges, old_logp=s.logp)
+        if reference is not None:
+            edges = dataclasses.replace(edges, ref_logp=step.score(reference, batch.rows, batch.edges).logp)
+        scored.append(dataclasses.replace(batch, edges=edges))
+        scores.append(s)
+    return scored, scores
+
+
+def edge_batch(
+    recipe: Recipe,
+    table: TransitionTable,
+    edges: TokenTable,
+    scores: Scores,
+    advantage: Array,
+    value_target: Array,
+    evidence: Evidence,
+) -> EdgeBatch:
+    """What the loss needs of each edge. Padded to few shapes before it is compiled, cut back after."""
+    count = edges.mask.shape[0]
+    padding = -count % EDGE_BATCH_MULTIPLE
+    padded = jax.tree.map(lambda x: jnp.pad(jnp.asarray(x), ((0, padding), (0, 0))), edges)
+    spread, target, counts = _on_edges(recipe, table, padded, advantage, value_target, evidence)
+    return EdgeBatch(
+        tokens=edges,
+        counts=jax.tree.map(lambda x: x[:count], counts),
+        advantage=spread[:count],
+        old_value=scores.value,
+        value_target=target[:count],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _on_edges(recipe: Recipe, table: TransitionTable, edges: TokenTable, advantage: Array, value_target: Array, evidence: Evidence) -> Any:
+    flat = jax.tree.map(jnp.ravel, edges)
+    shape = edges.mask.shape
+    spread = recipe.spread(table, flat, advantage, evidence).reshape(shape)
+    return spread, value_target[edges.transition], count_units(table, edges)
