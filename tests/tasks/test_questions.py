@@ -73,7 +73,6 @@ def test_every_kind_of_question_and_of_mistake_occurs(questions: list[Question])
         "wrong_aggregate",
         "wrong_order",
         "wrong_table",
-        "wrong_value",
         "bad_column",
         "missing_limit",
         "missing_group",

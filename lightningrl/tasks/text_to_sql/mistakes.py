@@ -1,26 +1,29 @@
-"""Plausible mistakes about a query, of named kinds: what a person who half understands the question would write."""
+"""Plausible mistakes about a query, of named kinds: what a person who half understands the question would write.
+
+Each is a function of the query and the schema, both of which can be read off a prompt, so that a mistake can be learned as
+a habit. Values of the database are never confused: which value comes next in a column is in no prompt, and a policy that
+imitated such mistakes would learn not to copy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
-
 from lightningrl.tasks.text_to_sql.query import Query, Term
-from lightningrl.tasks.text_to_sql.schema import Column, Schema, literal, quote
+from lightningrl.tasks.text_to_sql.schema import Column, Schema, quote
 
 _OPPOSITE = {">": "<", "<": ">", ">=": "<", "=": "!=", "!=": "=", "NOT IN": "IN"}
 _AGGREGATES = {"max": "min", "min": "max", "avg": "sum", "sum": "avg", "count": "max"}
 
 
-def mistakes(query: Query, schema: Schema, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+def mistakes(query: Query, schema: Schema) -> Iterator[tuple[str, str]]:
     """(kind, SQL) of the mistakes that this query leaves room for. Whether one changes the answer is for the metric to say."""
     for kind, wrong in _clause_mistakes(query):
         yield kind, wrong.render()
-    for kind, wrong in _name_mistakes(query, schema, rng):
+    for kind, wrong in _name_mistakes(query, schema):
         yield kind, wrong.render()
-    yield from _misspelled(query, schema, rng)
+    yield from _misspelled(query, schema)
 
 
 def _clause_mistakes(query: Query) -> Iterator[tuple[str, Query]]:
@@ -33,9 +36,6 @@ def _clause_mistakes(query: Query) -> Iterator[tuple[str, Query]]:
             yield "wrong_comparator", replace(query, where=(*query.where[:-1], replace(last, operator=operator)))
         if len(query.where) > 1:
             yield "wrong_connective", replace(query, connective="OR" if query.connective == "AND" else "AND")
-        value = _other_value(last.term.column, last.value)
-        if value:
-            yield "wrong_value", replace(query, where=(*query.where[:-1], replace(last, value=value)))
     if query.having is not None:
         yield "missing_having", replace(query, having=None)
     if query.group is not None and query.select != (Term(query.group),):
@@ -54,47 +54,39 @@ def _clause_mistakes(query: Query) -> Iterator[tuple[str, Query]]:
                 yield "missing_aggregate", replace(query, select=(replace(term, aggregate="", distinct=False),))
 
 
-def _name_mistakes(query: Query, schema: Schema, rng: np.random.Generator) -> Iterator[tuple[str, Query]]:
+def _name_mistakes(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]:
     replace = dataclasses.replace
     for i, term in enumerate(query.select):
         if term.column is not None:
-            other = _other_column(term.column, schema, query, rng)
+            other = _other_column(term.column, schema, query)
             if other is not None:
                 wrong = replace(query, select=(*query.select[:i], replace(term, column=other), *query.select[i + 1 :]))
                 yield "wrong_column", replace(wrong, group=other) if query.group == term.column else wrong
             break
     if query.order is not None and query.order.column is not None:
-        other = _other_column(query.order.column, schema, query, rng)
+        other = _other_column(query.order.column, schema, query)
         if other is not None:
             yield "wrong_order_column", replace(query, order=replace(query.order, column=other))
     if query.join is None and not query.columns():
         others = [table.name for table in schema.tables if table.name != query.table]
         if others:
-            yield "wrong_table", replace(query, table=others[rng.integers(len(others))])
+            yield "wrong_table", replace(query, table=others[0])
     if query.join is not None:
         inner = {column.table for column in query.columns()}
         if inner <= {query.table}:
             yield "missing_join", replace(query, join=None)
 
 
-def _other_column(column: Column, schema: Schema, query: Query, rng: np.random.Generator) -> Column | None:
-    """A column of the same table that the query does not use, of the same use if there is one."""
-    others = [other for other in schema.table(column.table).columns if other not in query.columns()]
+def _other_column(column: Column, schema: Schema, query: Query) -> Column | None:
+    """The next column of the table, counted round, that the query does not use, of the same use if there is one."""
+    columns = list(schema.table(column.table).columns)
+    at = columns.index(column)
+    others = [other for other in (*columns[at + 1 :], *columns[:at]) if other not in query.columns()]
     alike = [other for other in others if other.use == column.use] or [other for other in others if other.use != "other"]
-    return alike[rng.integers(len(alike))] if alike else None
+    return alike[0] if alike else None
 
 
-def _other_value(column: Column | None, value: str) -> str | None:
-    """The value that follows this one in the column."""
-    if column is None:
-        return None
-    values = [literal(other) for other in column.values]
-    if value not in values or len(values) < 2:
-        return None
-    return values[(values.index(value) + 1) % len(values)]
-
-
-def _misspelled(query: Query, schema: Schema, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+def _misspelled(query: Query, schema: Schema) -> Iterator[tuple[str, str]]:
     """A column, or without one the table, by a name that the database does not have: the only mistake that is an error."""
     columns = query.columns()
     if not columns:
@@ -106,8 +98,7 @@ def _misspelled(query: Query, schema: Schema, rng: np.random.Generator) -> Itera
     # In double quotes SQLite takes an unknown name for a text, and there is no error.
     names = [name for name in names if name.lower() not in taken and quote(name) == name]
     if names:
-        name = names[rng.integers(len(names))]
-        yield "bad_column", _renamed(query, column, name).render()
+        yield "bad_column", _renamed(query, column, names[0]).render()
 
 
 def _renamed(query: Query, column: Column, name: str) -> Query:

@@ -98,7 +98,7 @@ def _question(
     if not result.rows or all(value is None for row in result.rows for value in row) or _tied(query, database):
         return None
     wrong: dict[str, str] = {}
-    for mistake, sql in mistakes(query, schema, rng):
+    for mistake, sql in mistakes(query, schema):
         if sql not in wrong.values() and not execution_match(gold, sql, database):
             wrong.setdefault(mistake, sql)
     if len(wrong) < _FEWEST_MISTAKES:
