@@ -49,7 +49,7 @@ PROMPTS = Prompts(
 class Config(FitConfig):
     """The quickstart's settings."""
 
-    out: str = setting("runs/text_to_sql", "folder for everything the run leaves; a run that is there already goes on")
+    out: str = setting("runs/text_to_sql", "folder for everything the run leaves; a run that is there already goes on", free=True)
     database: str | None = setting(None, "a SQLite file to learn about; none: generated databases")
     data_dir: str | None = setting(None, "Spider in its official layout: dev.json, train_spider.json, tables.json, database/")
     databases: int = setting(3, "generated databases to train on")
@@ -59,9 +59,9 @@ class Config(FitConfig):
     unseen_questions: int = setting(60, "questions about unseen databases")
     demonstrations: int = setting(6000, "runs of the imperfect demonstrator that the warm start imitates")
     smoke: bool = setting(False, "the same path with very little training")
-    controls: bool = setting(False, "also run the controls: more supervised steps, and shuffled rewards")
-    seconds_install: float = setting(0.0, "what installation took, for summary.json")
-    started: float = setting(0.0, "when the whole began, seconds since the epoch; 0: now")
+    controls: bool = setting(False, "also run the controls: more supervised steps, and shuffled rewards", free=True)
+    seconds_install: float = setting(0.0, "what installation took, for summary.json", free=True)
+    started: float = setting(0.0, "when the whole began, seconds since the epoch; 0: now", free=True)
 
 
 SMOKE: dict[str, Any] = {

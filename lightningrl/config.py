@@ -12,16 +12,20 @@ from typing import Any
 from lightningrl.errors import UserError
 
 
-def setting(default: Any, text: str) -> Any:
-    """A field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": text})
+def setting(default: Any, text: str, *, free: bool = False) -> Any:
+    """A field with a default and the help text of its flag.
+
+    Args:
+      free: it may change between a run and its continuation, because it changes nothing of what is computed.
+    """
+    return field(default=default, metadata={"help": text, "free": free})
 
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
     """Every setting of a training run."""
 
-    out: str = setting("run", "folder for everything the run leaves; a run that is there already goes on")
+    out: str = setting("run", "folder for everything the run leaves; a run that is there already goes on", free=True)
     seed: int = setting(0, "all randomness comes from it")
     recipe: str = setting("lightningrl", "how credit becomes an update; python -m lightningrl.recipes lists them")
     iterations: int = setting(30, "times the agents run and the policy is updated")
@@ -36,11 +40,11 @@ class FitConfig:
     max_tokens: int = setting(64, "of a response, at most, in training and evaluation")
     intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call")
     eval_every: int = setting(15, "iterations between evaluations on the held-out tasks")
-    concurrency: int = setting(64, "agents at once")
-    time_limit: float = setting(60.0, "seconds a rollout may take")
-    max_attempts: int = setting(3, "tries of a rollout that fails for its infrastructure")
-    host: str = setting("127.0.0.1", "address the gateway listens on")
-    port: int = setting(0, "port the gateway listens on; 0: any free one")
+    concurrency: int = setting(64, "agents at once", free=True)
+    time_limit: float = setting(60.0, "seconds a rollout may take", free=True)
+    max_attempts: int = setting(3, "tries of a rollout that fails for its infrastructure", free=True)
+    host: str = setting("127.0.0.1", "address the gateway listens on", free=True)
+    port: int = setting(0, "port the gateway listens on; 0: any free one", free=True)
     policy: str | None = setting(None, "folder of a policy to start from; none: a new one")
     vocab_size: int = setting(1024, "of a new policy's tokenizer")
     hidden_size: int = setting(192, "of a new policy")
@@ -56,7 +60,9 @@ class FitConfig:
     data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters")
     fsdp: int = setting(1, "devices that a batch and the parameters are split over")
     tensor_parallel: int = setting(1, "devices that every layer is split over")
-    cache: str = setting(os.path.join("~", ".cache", "lightningrl"), "folder for warm starts and compiled programs, by content hash")
+    cache: str = setting(
+        os.path.join("~", ".cache", "lightningrl"), "folder of warm starts and compiled programs, by content hash", free=True
+    )
 
     def __post_init__(self) -> None:
         for name in AT_LEAST_ONE:
@@ -84,13 +90,11 @@ AT_LEAST_ONE = (
     "slots",
 )
 
-# Settings that may change between a run and its continuation without changing what it computes.
-FREE_SETTINGS = ("out", "concurrency", "time_limit", "max_attempts", "host", "port", "cache")
-
 
 def same_run(config: FitConfig) -> dict[str, Any]:
     """The settings that make a run what it is, as JSON."""
-    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in FREE_SETTINGS}
+    free = {f.name for f in dataclasses.fields(config) if f.metadata.get("free")}
+    return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items() if name not in free}
 
 
 def cache_folder(config: FitConfig) -> Path:
