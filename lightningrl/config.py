@@ -28,7 +28,7 @@ class FitConfig:
     out: str = setting("run", "folder for everything the run leaves; a run that is there already goes on", free=True)
     seed: int = setting(0, "all randomness comes from it")
     recipe: str = setting("lightningrl", "how credit becomes an update; python -m lightningrl.recipes lists them")
-    iterations: int = setting(30, "times the agents run and the policy is updated")
+    iterations: int = setting(45, "times the agents run and the policy is updated")
     tasks_per_iteration: int = setting(24, "tasks drawn per iteration")
     rollouts_per_task: int = setting(8, "runs of the agent per task")
     updates_per_iteration: int = setting(3, "optimizer steps per iteration; a task's rollouts stay in one")

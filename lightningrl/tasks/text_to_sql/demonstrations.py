@@ -36,11 +36,11 @@ class Prompts:
 class Habits:
     """How often the demonstrator is right, and what it does otherwise. Probabilities, each in [0, 1]."""
 
-    draft_right: tuple[float, float] = (0.2, 0.55)  # of a first draft, by kind of question: drawn from this range
+    draft_right: tuple[float, float] = (0.2, 0.5)  # of a first draft, by kind of question: drawn from this range
     favourite: float = 0.90  # of the wrong drafts, those with the kind's favourite mistake; the other mistakes share the rest
     check_right: float = 0.80
-    rewrite_right: float = 0.40
-    rewrite_repeats: float = 0.40  # the rewriter gives the same query again; otherwise it draws another mistake
+    rewrite_right: float = 0.25
+    rewrite_repeats: float = 0.65  # the rewriter gives the same query again; otherwise it draws another mistake
     seed: int = 0  # which mistake is whose favourite
 
 
