@@ -11,6 +11,7 @@ import functools
 import signal
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from lightningrl import advantages, credit, losses
 from lightningrl.losses.aggregation import Aggregate
@@ -71,41 +72,157 @@ _LIGHTNINGRL = Recipe(
     aggregation=losses.rollout_mean,
 )
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            name="lightningrl_paper",
-            arxiv="2508.03680",
-            use_when="you reproduce the paper: all calls of a task form one group, every token weighs the same",
-            credit=credit.identical,
-            advantage=functools.partial(advantages.group_norm, count="transitions"),
-            loss=_clip,
-            aggregation=losses.token_mean,
-        ),
+_PAPER = Recipe(
+    name="lightningrl_paper",
+    arxiv="2508.03680",
+    use_when="you reproduce the paper: all calls of a task form one group, every token weighs the same",
+    credit=credit.identical,
+    advantage=functools.partial(advantages.group_norm, count="transitions"),
+    loss=_clip,
+    aggregation=losses.token_mean,
+)
+
+
+def _like(recipe: Recipe, name: str, arxiv: str, use_when: str, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, name=name, arxiv=arxiv, use_when=use_when, **changes)
+
+
+# How credit is assigned.
+_CREDITS = (
+    _PAPER,
+    _LIGHTNINGRL,
+    _like(
         _LIGHTNINGRL,
-        dataclasses.replace(
-            _LIGHTNINGRL,
-            name="lightningrl_rtg",
-            arxiv="2508.03680",
-            use_when="tools pay intermediate rewards: a call answers for what follows it (without any, it is lightningrl)",
-            credit=functools.partial(credit.reward_to_go, gamma=1.0),
-        ),
-        # Turn-PPO takes the ratio per turn as well; here the ratio stays per token and only the advantage is per turn.
-        Recipe(
-            name="ppo",
-            arxiv="2512.17008",
-            use_when="rollouts are long, or a task has too few of them for a group: a critic tells turns apart",
-            credit=functools.partial(credit.gae, gamma=0.99, lambda_=0.9),
-            advantage=functools.partial(advantages.whiten, shift_mean=False),
-            loss=_clip,
-            aggregation=losses.rollout_mean,
-            needs=("value",),
-            value_target=functools.partial(credit.gae_value_target, gamma=0.99, lambda_=0.9),
-            value_coef=0.5,
-        ),
-    )
-}
+        "lightningrl_rtg",
+        "2508.03680",
+        "tools pay intermediate rewards: a call answers for what follows it (without any, it is lightningrl)",
+        credit=functools.partial(credit.reward_to_go, gamma=1.0),
+    ),
+    _like(
+        _LIGHTNINGRL, "last_only", "2508.03680", "only the last call counts: to compare others with", credit=credit.last_only
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "gigpo",
+        "2505.10978",
+        "rollouts of a task come through equal states: calls made in one state are compared with each other",
+        credit=credit.gigpo,
+        advantage=advantages.unchanged,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "hgpo",
+        "2602.22817",
+        "as gigpo, where a state means something else after another history",
+        credit=credit.hgpo,
+        advantage=advantages.unchanged,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "salt",
+        "2510.20022",
+        "rollouts share steps: a step that good and bad rollouts took alike is neither praised nor blamed",
+        credit=credit.salt,
+        advantage=advantages.unchanged,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "rewardflow",
+        "2603.18859",
+        "states recur and tools are deterministic: a state is worth the best that was reached from it",
+        credit=credit.rewardflow,
+        advantage=advantages.unchanged,
+    ),
+    # Turn-PPO takes the ratio per turn as well; here the ratio stays per token and only the advantage is per turn.
+    Recipe(
+        name="ppo",
+        arxiv="2512.17008",
+        use_when="rollouts are long, or a task has too few of them for a group: a critic tells turns apart",
+        credit=functools.partial(credit.gae, gamma=0.99, lambda_=0.9),
+        advantage=functools.partial(advantages.whiten, shift_mean=False),
+        loss=_clip,
+        aggregation=losses.rollout_mean,
+        needs=("value",),
+        value_target=functools.partial(credit.gae_value_target, gamma=0.99, lambda_=0.9),
+        value_coef=0.5,
+    ),
+)
+
+# What is taken off, and what scales.
+_ADVANTAGES = (
+    _like(
+        _LIGHTNINGRL,
+        "grpo",
+        "2402.03300",
+        "you want GRPO as it was published, with its KL term: each call's tokens averaged",
+        loss=functools.partial(losses.ppo_clip, clip_low=0.2, clip_high=0.2, dual_clip=None),
+        aggregation=losses.sequence_mean,
+        kl=losses.k3,
+        kl_coef=0.04,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "dr_grpo",
+        "2503.20783",
+        "lengths and hard tasks should not be favoured: no division by the deviation or by the length",
+        advantage=functools.partial(advantages.group_norm, scale="none"),
+        aggregation=losses.sequence_sum,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "rloo",
+        "2402.14740",
+        "groups are small: the baseline leaves the rollout out",
+        advantage=advantages.leave_one_out,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "reinforce_pp_baseline",
+        "2501.03262",
+        "rewards of tasks differ in scale: group mean, then one scale for the whole batch",
+        advantage=functools.partial(advantages.group_norm, scale="none"),
+        spread=advantages.reinforce_plus_plus_baseline,
+        aggregation=losses.token_mean,
+    ),
+    _like(_LIGHTNINGRL, "opo", "2505.23585", "lengths differ much: the baseline of least variance", advantage=advantages.opo),
+    _like(_LIGHTNINGRL, "maxrl", "2602.02710", "rewards are 0 or 1 and successes are rare", advantage=advantages.maxrl),
+    _like(_LIGHTNINGRL, "pass_at_k", "2503.19595", "one success among many tries is enough", advantage=advantages.pass_at_k),
+    _like(
+        _LIGHTNINGRL,
+        "gpg",
+        "2504.02546",
+        "nothing should be clipped: the plain policy gradient, one update an iteration",
+        advantage=advantages.gpg,
+        loss=losses.gpg,
+        aggregation=losses.token_mean,
+    ),
+)
+
+# How a token's loss is made.
+_LOSSES = (
+    _like(_LIGHTNINGRL, "dapo", "2503.14476", "answers are long: clip-higher, every token weighs the same", aggregation=losses.token_mean),
+    _like(
+        _LIGHTNINGRL,
+        "gspo",
+        "2507.18071",
+        "ratios per token are noise (mixtures of experts): one ratio for each call",
+        loss=losses.gspo,
+        aggregation=losses.sequence_mean,
+    ),
+    _like(_LIGHTNINGRL, "gmpo", "2507.20673", "as gspo, with ratios clipped per token", loss=losses.gmpo, aggregation=losses.sequence_mean),
+    _like(
+        _LIGHTNINGRL,
+        "cispo",
+        "2506.13585",
+        "rare tokens matter: a clipped token keeps its gradient",
+        loss=losses.cispo,
+        aggregation=losses.token_mean,
+    ),
+    _like(_LIGHTNINGRL, "sapo", "2511.20347", "clipping is too abrupt: ratios fade out softly", loss=losses.sapo),
+    _like(_LIGHTNINGRL, "dppo", "2602.04879", "probabilities, not their ratios, should stay close", loss=losses.dppo_tv),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_CREDITS, *_ADVANTAGES, *_LOSSES)}
 
 
 def get_recipe(name: str) -> Recipe:

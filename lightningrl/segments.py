@@ -178,6 +178,33 @@ def last_in_segment(ids: Array, mask: Array) -> jax.Array:
     return jnp.logical_and(mask, following == 0.0)
 
 
+def joint_ids(mask: Array, *keys: Array) -> jax.Array:
+    """0, 1, 2 … for the distinct tuples (key₀[n], key₁[n], …) of the masked entries, in order of the tuples.
+
+    A pair of ids is not multiplied into one number, which would overflow int32 from 46341 entries on: the tuples are
+    sorted, and a new id starts where one differs from the one before it.
+
+    Args:
+      mask: bool[N].
+      keys: at least one int32[N]; any values.
+
+    Returns:
+      int32[N], 0 … N-1; 0 where the mask is false, and where it is true the ids are dense.
+    """
+    chex.assert_rank([mask, *keys], 1)
+    chex.assert_equal_shape([mask, *keys])
+    chex.assert_type([mask, *keys], [bool, *(int for _ in keys)])
+    unmasked = jnp.logical_not(mask)
+    used = [jnp.where(unmasked, 0, key) for key in keys]
+    order = jnp.lexsort((*reversed(used), unmasked))
+    starts = jnp.zeros(mask.shape, bool)
+    for key in used:
+        along = key[order]
+        starts = starts | jnp.concatenate([jnp.zeros((1,), bool), along[1:] != along[:-1]])
+    ids = jnp.zeros(mask.shape, jnp.int32).at[order].set(jnp.cumsum(starts, dtype=jnp.int32))
+    return jnp.where(unmasked, 0, ids)
+
+
 def _check_segments(values: Array, ids: Array, mask: Array | None, weights: Array | None) -> None:
     given = [array for array in (values, ids, mask, weights) if array is not None]
     chex.assert_rank(given, 1)

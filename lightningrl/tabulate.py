@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from lightningrl.table import TransitionTable
-from lightningrl.types import Rollout
+from lightningrl.table import TransitionTable, Tree
+from lightningrl.types import Rollout, Transition
+
+ANCHOR_DEPTH = 3  # K, how many last states an anchor looks back on at most
 
 
-def table_from_rollouts(rollouts: Sequence[Rollout], *, size: int) -> TransitionTable:
+def last_message(transition: Transition) -> Hashable:
+    """The state that a call was made in, as GiGPO (arXiv 2505.10978) has it: who is asked, and the observation in front of it."""
+    shown = json.dumps(transition.messages[-1], sort_keys=True, default=str) if transition.messages else transition.prompt_ids.tobytes()
+    return transition.role, shown
+
+
+def table_from_rollouts(
+    rollouts: Sequence[Rollout], *, size: int, state: Callable[[Transition], Hashable] = last_message
+) -> TransitionTable:
     """One entry for every transition of every rollout that ran to its end, padded to `size`; NumPy arrays.
 
     Rollouts whose status is not `ok` are left out: a failed run is no reward of 0 (they stay visible to whoever counts
@@ -21,6 +32,7 @@ def table_from_rollouts(rollouts: Sequence[Rollout], *, size: int) -> Transition
     Args:
       rollouts: every `ok` one names the same outcomes, "reward" among them, all finite.
       size: N, static, at least the number of transitions.
+      state: what has to be equal for two calls of a group to have been made in the same state.
 
     Raises:
       ValueError: `size` is too small, outcomes differ between rollouts, or a reward is not a finite number.
@@ -34,10 +46,13 @@ def table_from_rollouts(rollouts: Sequence[Rollout], *, size: int) -> Transition
 
     table = _padding(size, len(names))
     groups: dict[str, int] = {}
+    anchors, actions = [Numbering() for _ in range(ANCHOR_DEPTH)], Numbering()
     row = 0
     for number, rollout in enumerate(used):
         group = groups.setdefault(rollout.group, len(groups))
+        states: list[Hashable] = []
         for transition in sorted(rollout.transitions, key=lambda t: t.turn):
+            states.append(state(transition))
             _check_finite(transition.reward, f"the intermediate reward of turn {transition.turn}", rollout)
             table.rollout[row] = number
             table.group[row] = group
@@ -49,8 +64,25 @@ def table_from_rollouts(rollouts: Sequence[Rollout], *, size: int) -> Transition
             table.weight[row] = 1.0 / len(rollout.transitions)
             table.trainable[row] = transition.trainable
             table.valid[row] = True
+            for k in range(ANCHOR_DEPTH):
+                table.anchor[row, k] = anchors[k][group, tuple(states[-k - 1 :])]
+            table.action[row] = actions[transition.role, transition.response_ids.tobytes()]
+            table.tree.tree[row] = number
+            if len(states) > 1:
+                table.tree.parent[row] = row - 1
+                table.next_anchor[row - 1] = table.anchor[row, 0]
+            table.tree.path_node[row], table.tree.path_rollout[row] = row, number
+            table.tree.path_outcome[row], table.tree.path_valid[row] = table.outcome[row], True
             row += 1
     return table
+
+
+class Numbering(dict[Hashable, int]):
+    """0, 1, 2 … for things in order of first appearance."""
+
+    def __missing__(self, key: Hashable) -> int:
+        self[key] = len(self)
+        return self[key]
 
 
 def role_names(rollouts: Sequence[Rollout]) -> tuple[str, ...]:
@@ -97,4 +129,15 @@ def _padding(size: int, num_outcomes: int) -> TransitionTable:
         weight=np.zeros(size, np.float32),
         trainable=np.zeros(size, bool),
         valid=np.zeros(size, bool),
+        anchor=np.zeros((size, ANCHOR_DEPTH), np.int32),
+        next_anchor=np.full(size, -1, np.int32),
+        action=np.zeros(size, np.int32),
+        tree=Tree(
+            tree=np.zeros(size, np.int32),
+            parent=np.full(size, -1, np.int32),
+            path_node=np.zeros(size, np.int32),
+            path_rollout=np.zeros(size, np.int32),
+            path_outcome=np.zeros((size, num_outcomes), np.float32),
+            path_valid=np.zeros(size, bool),
+        ),
     )

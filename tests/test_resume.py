@@ -20,8 +20,8 @@ from tests.tiny import tiny_policy
 
 ROOT = pathlib.Path(__file__).parent.parent
 ITERATIONS, ROLLOUTS = 4, 12  # per iteration
-KILLS = 6
-CHECKPOINT_KILLS = 2  # of those, as soon as a checkpoint is being written; the others at seeded moments
+KILLS = 20
+CHECKPOINT_KILLS = 6  # of those, as soon as a checkpoint is being written; the others at seeded moments
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lightningrl.tabulate import role_names, table_from_rollouts, trained_rollouts
+from lightningrl.types import Rollout
 from tests.batches import make_rollout, make_table
 
 
@@ -83,3 +84,48 @@ def test_bad_batches_get_a_sentence():
         table_from_rollouts([make_rollout("g", float("nan"))], size=9)
     with pytest.raises(ValueError, match="'r' the intermediate reward of turn 1 is inf"):
         table_from_rollouts([make_rollout("g", 1.0, [0.0, float("inf")])], size=9)
+
+
+def asked(rollout: Rollout, *observations: str) -> Rollout:
+    """The rollout with one user message before each call."""
+    messages = [({"role": "user", "content": text},) for text in observations]
+    return dataclasses.replace(
+        rollout, transitions=tuple(dataclasses.replace(t, messages=m) for t, m in zip(rollout.transitions, messages, strict=True))
+    )
+
+
+def test_anchors_are_equal_where_the_last_states_of_a_group_are() -> None:
+    table = make_table(
+        asked(make_rollout("a", 1.0, (0.0,) * 3, name="1"), "start", "error", "rows"),
+        asked(make_rollout("a", 0.0, (0.0,) * 3, name="2"), "start", "rows", "rows"),
+        asked(make_rollout("b", 0.0, (0.0,), name="3"), "start"),
+    )
+    last, two, three = table.anchor.T
+    assert (last[0], last[2], last[4]) == (last[3], last[4], last[5])  # "rows" after an error, after the start, after rows
+    assert last[6] not in last[:6]  # the same words in another group are another state
+    assert two[2] != two[4] != two[5]  # other histories of two
+    assert two[0] == two[3] and three[0] == three[3]
+    assert list(table.next_anchor) == [last[1], last[2], -1, last[4], last[5], -1, -1]
+
+
+def test_a_state_of_ones_own() -> None:
+    rollouts = [make_rollout("a", 1.0, (0.0, 0.0), name="1"), make_rollout("a", 1.0, (0.0, 0.0), name="2")]
+    table = table_from_rollouts(rollouts, size=4, state=lambda transition: transition.turn)
+    assert list(table.anchor[:, 0]) == [0, 1, 0, 1]
+
+
+def test_equal_responses_of_a_role_are_the_same_action() -> None:
+    table = make_table(
+        make_rollout("a", 1.0, (0.0, 0.0), lengths=(2, 3), name="1"),
+        make_rollout("b", 1.0, (0.0, 0.0), lengths=(3, 3), roles=("policy", "checker"), name="2"),
+    )
+    assert list(table.action) == [0, 1, 1, 2]
+
+
+def test_rollouts_that_were_not_branched_are_trees_of_one_path() -> None:
+    table = make_table(make_rollout("a", 1.0, (0.0, 0.0), name="1"), make_rollout("a", 0.5, (0.0,), name="2"), size=5)
+    tree = table.tree
+    assert list(tree.parent) == [-1, 0, -1, -1, -1] and list(tree.tree) == [0, 0, 1, 0, 0]
+    assert list(tree.path_node) == [0, 1, 2, 0, 0] and list(tree.path_rollout) == [0, 0, 1, 0, 0]
+    assert list(tree.path_valid) == [True] * 3 + [False] * 2
+    assert list(tree.path_outcome[:, 0]) == [1.0, 1.0, 0.5, 0.0, 0.0]

@@ -10,6 +10,14 @@ from lightningrl.segments import EPSILON, masked_max, masked_mean, masked_min, m
 from lightningrl.table import Credit, Evidence, TransitionTable
 
 
+def unchanged(table: TransitionTable, credit: Credit, evidence: Evidence) -> jax.Array:
+    """A = c, for a credit that is already an advantage and has its scale; of a "return", REINFORCE without a baseline.
+
+    f32[N]; 0 at padding.
+    """
+    return jnp.where(table.valid, credit.value, 0.0)
+
+
 def whiten(
     table: TransitionTable,
     credit: Credit,

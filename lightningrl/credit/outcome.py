@@ -1,10 +1,10 @@
-"""Credit that hands the final outcome of a rollout to every one of its transitions."""
+"""Credit that hands the final outcome of a rollout to its transitions: to each of them, to the last, or in equal parts."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from lightningrl.segments import segment_sum
+from lightningrl.segments import last_in_segment, segment_sum
 from lightningrl.table import Credit, Evidence, TransitionTable
 
 
@@ -46,3 +46,40 @@ def intermediate(table: TransitionTable, evidence: Evidence) -> Credit:
       Credit of kind "return", f32[N]; 0 at padding.
     """
     return Credit(value=jnp.where(table.valid, table.reward + table.outcome[:, 0], 0.0), kind="return")
+
+
+def last_only(table: TransitionTable, evidence: Evidence) -> Credit:
+    """The call that ended the rollout gets all of it: what a reward at the last token says before any return is taken.
+
+      cᵢ,ₜ = 1[t last] Rᵢ
+
+    The credits of a rollout sum to its outcome. Calls before the last learn nothing, so this is a baseline to compare with
+    rather than a method to train by.
+
+    Args:
+      table: N transitions; R is `outcome[:, 0]`. Intermediate rewards are not read.
+      evidence: not read.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding and at calls before the last. In a rollout of one call it is `identical`.
+    """
+    last = last_in_segment(table.rollout, table.valid)
+    return Credit(value=jnp.where(last, table.outcome[:, 0], 0.0), kind="return")
+
+
+def uniform_split(table: TransitionTable, evidence: Evidence) -> Credit:
+    """Every call of a rollout gets an equal part of its outcome.
+
+      cᵢ,ₜ = Rᵢ / Tᵢ,   Tᵢ calls of rollout i
+
+    The credits of a rollout sum to its outcome. Long successes earn less a call than short ones, long failures lose less.
+
+    Args:
+      table: N transitions; R is `outcome[:, 0]`, 1/T is `weight`. Intermediate rewards are not read.
+      evidence: not read.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding. In a rollout of one call it is `identical`.
+    """
+    outcome, weight = (jnp.where(table.valid, x, 0.0) for x in (table.outcome[:, 0], table.weight))
+    return Credit(value=outcome * weight, kind="return")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lightningrl.losses.metrics import Metrics, metric_means
-from lightningrl.losses.ratio import log_ratio
+from lightningrl.ratio import log_ratio
 from lightningrl.table import Array, LossInputs
 
 

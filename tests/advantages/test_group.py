@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightningrl import advantages, credit
+from lightningrl import advantages, credit, normalize
 from lightningrl.segments import EPSILON
 from lightningrl.table import Credit, Evidence
 from tests.batches import SIZE, batches, by_rollout, make_rollout, make_table, poison_table
@@ -24,7 +24,7 @@ SETTINGS = ("center", "scale", "ddof", "eps", "singleton", "degenerate")
 identical, intermediate = jax.jit(credit.identical), jax.jit(credit.intermediate)
 group_norm = jax.jit(advantages.group_norm, static_argnames=("count", *SETTINGS[1:]))
 leave_one_out = jax.jit(advantages.leave_one_out, static_argnames=("count", "singleton"))
-group_normalize = jax.jit(advantages.group_normalize, static_argnames=SETTINGS)
+group_normalize = jax.jit(normalize.group_normalize, static_argnames=SETTINGS)
 
 METHODS: dict[str, Callable[..., Any]] = {
     "group_norm": functools.partial(group_norm, eps=EPSILON),

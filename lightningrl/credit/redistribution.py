@@ -1,0 +1,109 @@
+"""Credit that hands the outcome of a rollout out to its calls in unequal parts, as a return model says."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lightningrl.segments import last_in_segment, next_in_segment, safe_divide, segment_sum
+from lightningrl.table import Array, Credit, Evidence, TransitionTable
+
+
+def rudder(table: TransitionTable, evidence: Evidence) -> Credit:
+    """What a call changed in the predicted return, and an equal part of what the prediction missed (RUDDER, arXiv 1806.07857).
+
+      cₜ = g(after t) - g(after t-1) + (R - g(after the last)) / T,   g(before the first) = 0
+
+    The credits of a rollout sum to R whatever g is: an optimal policy stays optimal under an exact redistribution, and the
+    residual is how the paper's code makes it exact.
+
+    Args:
+      table: N transitions; R is `outcome[:, 0]`, intermediate rewards are not read.
+      evidence: needs `predicted_return`, f32[N], the return model's prediction of R after the transition.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding. With one call it is `identical`, with a constant g an equal split but
+      for the first call's g.
+
+    Raises:
+      ValueError: there is no `evidence.predicted_return`.
+    """
+    change = _predicted_change(table, evidence, "rudder")
+    return Credit(value=_close(table, change), kind="return")
+
+
+def spa(table: TransitionTable, evidence: Evidence, *, progress_weight: float = 1.0, reward_weight: float = 0.0) -> Credit:
+    """Predicted progress of a call as its reward (SPA-RL, arXiv 2505.20732).
+
+      cₜ = α (g(after t) - g(after t-1)) + β rₜ,   g(before the first) = 0
+
+    The paper's model predicts a contribution ĉₜ of every step, fitted so that Σₛ ĉₛ is R; `predicted_return` holds their running
+    sum g(after t) = Σₛ≤ₜ ĉₛ, as for `rudder`, and the difference is ĉₜ again. Nothing closes the gap to R: the credits sum to
+    α g(after the last) + β Σ r, right as far as the model is. r stands for the paper's grounding signal, whether a step could
+    be carried out; its weights there were not checked.
+
+    Args:
+      table: N transitions; r is `reward`, the outcome is not read.
+      evidence: needs `predicted_return`, f32[N].
+      progress_weight, reward_weight: α, β ≥ 0.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding.
+
+    Raises:
+      ValueError: there is no `evidence.predicted_return`.
+    """
+    change = _predicted_change(table, evidence, "spa")
+    value = progress_weight * change + reward_weight * jnp.where(table.valid, table.reward, 0.0)
+    return Credit(value=value, kind="return")
+
+
+def attention_based(table: TransitionTable, evidence: Evidence, *, beta: float = 1.0) -> Credit:
+    """The outcome in the proportions of a return model's attention (ABC, arXiv 2402.00782).
+
+      cₜ = β αₜ R + (1 - β) R 1[t last],   αₜ = aₜ / Σₛ aₛ
+
+    The attention over the calls is a part of the model's whole attention, so it is renormalised: the credits of a rollout
+    sum to R. The authors' code leaves that division out.
+
+    Args:
+      table: N transitions; R is `outcome[:, 0]`.
+      evidence: needs `attention`, f32[N] ≥ 0; negative numbers count as 0.
+      beta: β in [0, 1].
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding. A rollout whose attention is 0 everywhere is split equally.
+
+    Raises:
+      ValueError: there is no `evidence.attention`.
+    """
+    if evidence.attention is None:
+        raise ValueError("attention_based needs evidence.attention, a return model's attention to every call, but there is none.")
+    chex.assert_shape(evidence.attention, table.rollout.shape)
+    chex.assert_type(evidence.attention, float)
+    size = table.rollout.shape[0]
+    attention = jax.lax.stop_gradient(jnp.maximum(jnp.where(table.valid, evidence.attention, 0.0), 0.0))
+    total = segment_sum(attention, table.rollout, size, mask=table.valid)[table.rollout]
+    share = jnp.where(total > 0, safe_divide(attention, total), jnp.where(table.valid, table.weight, 0.0))
+    outcome = jnp.where(table.valid, table.outcome[:, 0], 0.0)
+    last = last_in_segment(table.rollout, table.valid)
+    return Credit(value=outcome * (beta * share + (1.0 - beta) * last), kind="return")
+
+
+def _predicted_change(table: TransitionTable, evidence: Evidence, name: str) -> jax.Array:
+    if evidence.predicted_return is None:
+        raise ValueError(f"{name} needs evidence.predicted_return, a return model's prediction after every call, but there is none.")
+    chex.assert_shape(evidence.predicted_return, table.rollout.shape)
+    chex.assert_type(evidence.predicted_return, float)
+    prediction = jax.lax.stop_gradient(jnp.where(table.valid, evidence.predicted_return, 0.0))
+    backwards = (jnp.flip(jnp.asarray(x)) for x in (prediction, table.rollout, table.valid))
+    return prediction - jnp.flip(next_in_segment(*backwards))
+
+
+def _close(table: TransitionTable, credit: Array) -> jax.Array:
+    """Credits with what they lack to the outcome of their rollout added in equal parts."""
+    size = table.rollout.shape[0]
+    outcome, weight = (jnp.where(table.valid, x, 0.0) for x in (table.outcome[:, 0], table.weight))
+    missing = outcome - segment_sum(credit, table.rollout, size, mask=table.valid)[table.rollout]
+    return jnp.where(table.valid, credit + missing * weight, 0.0)
