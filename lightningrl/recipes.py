@@ -98,9 +98,7 @@ _CREDITS = (
         "tools pay intermediate rewards: a call answers for what follows it (without any, it is lightningrl)",
         credit=functools.partial(credit.reward_to_go, gamma=1.0),
     ),
-    _like(
-        _LIGHTNINGRL, "last_only", "2508.03680", "only the last call counts: to compare others with", credit=credit.last_only
-    ),
+    _like(_LIGHTNINGRL, "last_only", "2508.03680", "only the last call counts: to compare others with", credit=credit.last_only),
     _like(
         _LIGHTNINGRL,
         "gigpo",
