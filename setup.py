@@ -34,7 +34,7 @@ setup(
         "absl-py",
         "chex",
         "flax",
-        "httptools",  # uvicorn parses requests with it: half the time of its parser in Python
+        "httptools",  # uvicorn parses requests with it
         "httpx",
         "jax>=0.10,<0.13",
         "jinja2",  # chat templates

@@ -12,10 +12,9 @@ from lightningrl.segments import (
     EPSILON,
     safe_divide,
     safe_sqrt,
+    segment_constant,
     segment_count,
-    segment_max,
     segment_mean,
-    segment_min,
     segment_sum,
     segment_var,
 )
@@ -82,8 +81,8 @@ def group_normalize(
     used = weights > 0
     x = jnp.where(used, values, 0.0)
     units = jnp.arange(size, dtype=jnp.int32) if units is None else units
-    alone = (segment_min(units, ids, size, mask=used) == segment_max(units, ids, size, mask=used))[ids]
-    constant = (segment_min(x, ids, size, mask=used) == segment_max(x, ids, size, mask=used))[ids]
+    alone = segment_constant(units, ids, size, mask=used)[ids]
+    constant = segment_constant(x, ids, size, mask=used)[ids]
 
     advantage = x - _baseline(x, ids, weights, units, center)
     if scale == "std":

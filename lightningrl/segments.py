@@ -118,6 +118,11 @@ def segment_max(values: Array, ids: Array, num_segments: int, *, mask: Array | N
     return jnp.where(filled, jax.ops.segment_max(x, ids, num_segments), jnp.asarray(empty, values.dtype))
 
 
+def segment_constant(values: Array, ids: Array, num_segments: int, *, mask: Array | None = None) -> jax.Array:
+    """bool[S]: all entries of the segment are equal, compared and not subtracted; true of one entry and of none."""
+    return segment_min(values, ids, num_segments, mask=mask) == segment_max(values, ids, num_segments, mask=mask)
+
+
 def reverse_affine_scan(factors: Array, terms: Array, ids: Array, mask: Array) -> jax.Array:
     """The recursion behind returns and GAE, backwards and within segments.
 

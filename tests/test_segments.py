@@ -205,3 +205,10 @@ def test_safe_division_and_root_have_finite_gradients_at_zero():
     assert jax.grad(segments.safe_sqrt)(0.0) == 0.0
     assert segments.safe_divide(jnp.ones(()), jnp.zeros(()), otherwise=3.0) == 3.0
     assert segments.safe_sqrt(jnp.asarray(-1.0)) == 0.0
+
+
+def test_a_segment_is_constant_by_comparison():
+    values = np.array([0.1, 0.1, 0.1, np.nan, 0.2, 5.0], np.float32)
+    ids = np.array([0, 0, 1, 1, 1, 2], np.int32)
+    mask = np.array([True, True, True, False, True, True])
+    assert segments.segment_constant(values, ids, 4, mask=mask).tolist() == [True, False, True, True]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lightningrl.advantages.group import group_norm
 from lightningrl.advantages.units import Count, require_return, statistics_weights
 from lightningrl.normalize import Scale, group_normalize
-from lightningrl.segments import EPSILON, masked_count, safe_divide, segment_count, segment_max, segment_mean, segment_min
+from lightningrl.segments import EPSILON, masked_count, safe_divide, segment_constant, segment_count, segment_mean
 from lightningrl.table import Array, Credit, Evidence, TransitionTable
 
 Informative = Literal["groups", "nonzero"]
@@ -209,7 +209,6 @@ def _varies(values: Array, table: TransitionTable, used: jax.Array) -> jax.Array
     """bool[N]: the entry's group has several rollouts, and not all of its values are equal."""
     size = table.group.shape[0]
     several, different = (
-        (segment_min(x, table.group, size, mask=used) != segment_max(x, table.group, size, mask=used))[table.group]
-        for x in (jnp.asarray(table.rollout), jnp.asarray(values))
+        ~segment_constant(x, table.group, size, mask=used)[table.group] for x in (jnp.asarray(table.rollout), jnp.asarray(values))
     )
     return jnp.logical_and(several, different)

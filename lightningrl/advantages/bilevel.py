@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from lightningrl.advantages.token_order import OrderedEdges, in_order
+from lightningrl.advantages.token_order import OrderedEdges, in_order, token_values
 from lightningrl.advantages.token_returns import whiten_tokens
 from lightningrl.segments import next_in_segment, reverse_affine_scan, segment_count, segment_sum
 from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
@@ -60,7 +59,7 @@ def bi_level_gae(
       ValueError: there is no `evidence.token_value`, or an unknown turn_value.
     """
     edges = in_order(table, tokens)
-    value = _token_values(edges, tokens, evidence)
+    value = token_values(edges, tokens, evidence, "bi_level_gae")
     returns = _turn_returns(table, edges, value, turn_gamma, turn_lambda, turn_value)
     result = edges.put(_within_turns(edges, value, returns, gamma, lambda_), tokens)
     return whiten_tokens(result, tokens.mask) if whitened else result
@@ -80,7 +79,7 @@ def bi_level_value_target(
 ) -> jax.Array:
     """What the critic of `bi_level_gae` learns: Aₖ + Vₖ, before any whitening. Args, returns and raises as there."""
     edges = in_order(table, tokens)
-    value = _token_values(edges, tokens, evidence)
+    value = token_values(edges, tokens, evidence, "bi_level_gae")
     returns = _turn_returns(table, edges, value, turn_gamma, turn_lambda, turn_value)
     return edges.put(_within_turns(edges, value, returns, gamma, lambda_) + value, tokens)
 
@@ -104,11 +103,3 @@ def _within_turns(edges: OrderedEdges, value: jax.Array, returns: jax.Array, gam
     rewards = jnp.where(edges.last, returns[edges.transition], 0.0)
     errors = rewards + gamma * next_in_segment(value, edges.transition, edges.mask) - value
     return reverse_affine_scan(jnp.full_like(errors, gamma * lambda_), errors, edges.transition, edges.mask)
-
-
-def _token_values(edges: OrderedEdges, tokens: TokenTable, evidence: Evidence) -> jax.Array:
-    if evidence.token_value is None:
-        raise ValueError("bi_level_gae needs evidence.token_value, a critic's value of the state before every token, but there is none.")
-    chex.assert_equal_shape([evidence.token_value, tokens.mask])
-    chex.assert_type(evidence.token_value, float)
-    return jax.lax.stop_gradient(edges.take(evidence.token_value))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lightningrl.advantages.units import require_return, statistics_weights
 from lightningrl.normalize import Degenerate, Scale, Singleton, group_normalize
-from lightningrl.segments import EPSILON, masked_max, masked_mean, masked_min, masked_var, safe_divide, safe_sqrt, segment_max, segment_min
+from lightningrl.segments import EPSILON, masked_max, masked_mean, masked_min, masked_var, safe_divide, safe_sqrt, segment_constant
 from lightningrl.table import Array, Credit, Evidence, TransitionTable
 
 BatchCount = Literal["rollouts", "transitions", "tokens"]
@@ -98,8 +98,7 @@ def gdpo(
 def _constant(table: TransitionTable, values: Array) -> jax.Array:
     """bool[N]: all of the group have the same value."""
     size = table.group.shape[0]
-    low, high = (f(jnp.asarray(values), table.group, size, mask=table.valid) for f in (segment_min, segment_max))
-    return (low == high)[table.group]
+    return segment_constant(jnp.asarray(values), table.group, size, mask=table.valid)[table.group]
 
 
 def _batch_weights(table: TransitionTable, count: BatchCount) -> jax.Array:

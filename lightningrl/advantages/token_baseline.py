@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lightningrl.advantages.token_order import OrderedEdges, in_order
 from lightningrl.normalize import Singleton
-from lightningrl.segments import joint_ids, reverse_affine_scan, safe_divide, segment_max, segment_min, segment_sum
+from lightningrl.segments import joint_ids, reverse_affine_scan, safe_divide, segment_constant, segment_sum
 from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
 
 Tail = Literal["raw", "zero"]
@@ -107,9 +107,9 @@ def _token_baseline(
     size, mask = cell.shape[0], edges.mask
     baseline = safe_divide(segment_sum(returns * energy, cell, size, mask=mask), segment_sum(energy, cell, size, mask=mask))[cell]
 
-    constant = _is_one(returns, cell, size, mask)[cell]
-    one_here = _is_one(edges.rollout, cell, size, mask)[cell]
-    one_in_group = _is_one(jnp.asarray(table.rollout), table.group, table.rollout.shape[0], table.valid)[group]
+    constant = segment_constant(returns, cell, size, mask=mask)[cell]
+    one_here = segment_constant(edges.rollout, cell, size, mask=mask)[cell]
+    one_in_group = segment_constant(jnp.asarray(table.rollout), table.group, table.rollout.shape[0], mask=table.valid)[group]
     result = jnp.where(constant, 0.0, returns - baseline)
     result = jnp.where(one_here, returns if tail == "raw" else 0.0, result)
     result = jnp.where(one_in_group, returns if singleton == "raw" else 0.0, result)
@@ -132,8 +132,3 @@ def _cumulative(x: Array, ids: Array, mask: Array) -> jax.Array:
     """Σⱼ≤ₜ xⱼ within a segment: the reverse scan of the reversed arrays."""
     backwards = (jnp.flip(a) for a in (jnp.ones_like(x), x, ids, mask))
     return jnp.flip(reverse_affine_scan(*backwards))
-
-
-def _is_one(x: Array, ids: Array, size: int, mask: Array) -> jax.Array:
-    """bool[size]: all masked entries of the segment are equal."""
-    return segment_min(x, ids, size, mask=mask) == segment_max(x, ids, size, mask=mask)

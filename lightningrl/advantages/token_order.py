@@ -15,7 +15,7 @@ from flax import struct
 
 from lightningrl.credit.returns import turn_rewards
 from lightningrl.segments import next_in_segment, reverse_affine_scan, segment_count
-from lightningrl.table import Array, TokenTable, TransitionTable
+from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
 
 
 @struct.dataclass
@@ -59,6 +59,15 @@ def in_order(table: TransitionTable, tokens: TokenTable) -> OrderedEdges:
         last=last,
         reward=jnp.where(last, _paid_until_the_next_token(table, acts)[transition], 0.0),
     )
+
+
+def token_values(edges: OrderedEdges, tokens: TokenTable, evidence: Evidence, what: str) -> jax.Array:
+    """A token critic's values in this order, without gradient. Raises ValueError, naming `what`, if there are none."""
+    if evidence.token_value is None:
+        raise ValueError(f"{what} needs evidence.token_value, a critic's value of the state before every token, but there is none.")
+    chex.assert_equal_shape([evidence.token_value, tokens.mask])
+    chex.assert_type(evidence.token_value, float)
+    return jax.lax.stop_gradient(edges.take(evidence.token_value))
 
 
 def _paid_until_the_next_token(table: TransitionTable, acts: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lightningrl.advantages.token_order import OrderedEdges, in_order
+from lightningrl.advantages.token_order import OrderedEdges, in_order, token_values
 from lightningrl.advantages.tokens import broadcast
 from lightningrl.normalize import Degenerate
 from lightningrl.ratio import log_ratio
@@ -56,7 +56,7 @@ def token_gae(
       ValueError: there is no `evidence.token_value`.
     """
     edges = in_order(table, tokens)
-    value = _values(edges, tokens, evidence, "token_gae")
+    value = token_values(edges, tokens, evidence, "token_gae")
     following = next_in_segment(value, edges.rollout, edges.mask)
     errors = edges.reward + gamma * following - value
     return edges.put(_recursion(edges, gamma * lambda_, errors), tokens)
@@ -74,7 +74,7 @@ def token_lambda_return(
     Args, returns and raises as `token_gae`.
     """
     edges = in_order(table, tokens)
-    value = _values(edges, tokens, evidence, "token_lambda_return")
+    value = token_values(edges, tokens, evidence, "token_lambda_return")
     following = next_in_segment(value, edges.rollout, edges.mask)
     terms = edges.reward + gamma * (1.0 - lambda_) * following
     return edges.put(_recursion(edges, gamma * lambda_, terms), tokens)
@@ -119,7 +119,7 @@ def v_trace(
       ValueError: there is no `evidence.token_value`.
     """
     edges = in_order(table, tokens)
-    value = _values(edges, tokens, evidence, "v_trace")
+    value = token_values(edges, tokens, evidence, "v_trace")
     errors, ratio = _v_trace_errors(edges, tokens, value, rho, gamma, lambda_, clip_rho, clip_c)
     following = next_in_segment(value + lambda_ * errors, edges.rollout, edges.mask)
     result = jnp.minimum(clip_pg_rho, ratio) * (edges.reward + gamma * following - value)
@@ -140,7 +140,7 @@ def v_trace_target(
 ) -> jax.Array:
     """What the critic of `v_trace` learns: Vₖ + eₖ. Args, returns and raises as there."""
     edges = in_order(table, tokens)
-    value = _values(edges, tokens, evidence, "v_trace_target")
+    value = token_values(edges, tokens, evidence, "v_trace_target")
     errors, _ = _v_trace_errors(edges, tokens, value, rho, gamma, lambda_, clip_rho, clip_c)
     return edges.put(value + errors, tokens)
 
@@ -237,14 +237,6 @@ def whiten_tokens(values: Array, mask: Array, *, ddof: float = 1.0, eps: float =
 
 def _recursion(edges: OrderedEdges, factor: float, terms: Array) -> jax.Array:
     return reverse_affine_scan(jnp.full_like(terms, factor), terms, edges.rollout, edges.mask)
-
-
-def _values(edges: OrderedEdges, tokens: TokenTable, evidence: Evidence, what: str) -> jax.Array:
-    if evidence.token_value is None:
-        raise ValueError(f"{what} needs evidence.token_value, a critic's value of the state before every token, but there is none.")
-    chex.assert_equal_shape([evidence.token_value, tokens.mask])
-    chex.assert_type(evidence.token_value, float)
-    return jax.lax.stop_gradient(edges.take(evidence.token_value))
 
 
 def _v_trace_errors(edges, tokens, value, rho, gamma, lambda_, clip_rho, clip_c) -> tuple[jax.Array, jax.Array]:

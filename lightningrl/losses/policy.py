@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import chex
-import jax
 import jax.numpy as jnp
 
 from lightningrl.losses.metrics import Metrics, metric_means
-from lightningrl.ratio import log_ratio
+from lightningrl.losses.terms import fixed_advantage, log_ratio_to, ratio_rates
 from lightningrl.table import Array, LossInputs
 
 
@@ -38,9 +36,7 @@ def ppo_clip(
     """
     _check_clip(clip_low, clip_high, dual_clip)
     mask = inputs.tokens.mask
-    chex.assert_equal_shape([inputs.logp, inputs.advantage, inputs.tokens.old_logp, mask])
-    advantage = jax.lax.stop_gradient(jnp.where(mask, inputs.advantage, 0.0))
-    logs = log_ratio(inputs.logp, jax.lax.stop_gradient(inputs.tokens.old_logp), mask)
+    advantage, logs = fixed_advantage(inputs), log_ratio_to(inputs, "old")
     ratio = jnp.exp(logs)
 
     free = -advantage * ratio
@@ -55,9 +51,7 @@ def ppo_clip(
         "clip_fraction_high": (clipped > free) & (ratio > 1.0),
         "clip_fraction_low": (clipped > free) & (ratio < 1.0),
         "dual_clip_fraction": capped,
-        "ratio_mean": ratio,
-        "ratio_squared_mean": ratio**2,
-        "old_kl_mean": ratio - 1.0 - logs,
+        **ratio_rates(logs),
     }
     return loss, mask, metric_means(rates, mask)
 
