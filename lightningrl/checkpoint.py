@@ -6,10 +6,13 @@ killed at any moment leaves the previous checkpoint or the new one, never a half
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +52,8 @@ class Checkpoints:
             TypeError: a leaf of `state` is no array, or a typed key array.
         """
         about = {"host": _as_json(host), "config": self._config, "layout": _layout(state)}
-        saved = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+        with _uninterrupted():
+            saved = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
         if not saved:
             raise ValueError(f"checkpoint {step} must come after the last one, {self.latest()}")
 
@@ -71,16 +75,35 @@ class Checkpoints:
         """
         if step not in self._manager.all_steps():
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {sorted(self._manager.all_steps())}")
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        with _uninterrupted():
+            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         _check_same(f"checkpoint {step} in {self.directory}", "setting", _flat(about["config"]), _flat(self._config))
         _check_same(f"checkpoint {step} in {self.directory}", "array", about["layout"], _layout(like))
         target = jax.tree.map(_restored_as, like)
-        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
+        with _uninterrupted():
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
         return state, about["host"]
 
     def close(self) -> None:
         """Frees the threads that orbax holds."""
-        self._manager.close()
+        with _uninterrupted():
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: in the middle of orbax it leaves coroutines behind, and warnings on the terminal."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread gets the signal
+        yield
+        return
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        signal.raise_signal(signal.SIGINT)
 
 
 def save_params(directory: str | os.PathLike[str], params: Any, config: Mapping[str, Any]) -> None:

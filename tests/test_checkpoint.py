@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -224,6 +225,21 @@ def test_a_process_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_pat
 def test_a_process_killed_at_any_time_leaves_whole_checkpoints(tmp_path: pathlib.Path) -> None:
     rng = random.Random(0)
     crash(tmp_path, "delay", [0.2 + rng.random() for _ in range(20)])
+
+
+def test_ctrl_c_waits_for_the_checkpoint(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save = checkpoints._manager.save
+
+    def interrupted(*args: Any, **kwargs: Any) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints._manager, "save", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(5, make_state(), {})
+    assert checkpoints.latest() == 5 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_params_of_a_policy_come_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
