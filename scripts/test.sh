@@ -20,5 +20,5 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy lightningrl experiments
-# Tests of one file share compiled programs, so a file stays in one process.
-exec "$PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile ${selection[@]+"${selection[@]}"}
+# Tests of one file share compiled programs, so a file stays in one process; tests/conftest.py says which come first.
+exec "$PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"}

@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 import hypothesis
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,3 +29,9 @@ def _connect_to_loopback(self: socket.socket, address: Any, /) -> None:
 
 
 socket.socket.connect = _connect_to_loopback  # type: ignore[assignment, method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a file stays in one process, and at the end the others would wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
