@@ -20,8 +20,10 @@ from lightningrl.packing.rows import RowSettings
 from lightningrl.policy import Policy, load_policy, save_policy
 from lightningrl.progress import Progress
 from lightningrl.tokenizer import train_tokenizer
-from lightningrl.types import Task
+from lightningrl.types import Task, Transition
 from lightningrl.warm_start import Demonstration, ImitationSettings, cached, encode, imitate
+
+TOO_LONG = 0.05  # share of the demonstrations that may be left out of the warm start because they do not fit the context
 
 
 def starting_policy(
@@ -67,10 +69,7 @@ def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks
 def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Demonstration], mesh: Any) -> Policy:
     """The policy after imitation; from the cache if the same was done before."""
     renderer = Renderer(policy.tokenizer)
-    encoded = [encode(demonstration, renderer) for demonstration in demonstrations]
-    longest = max(len(t.prompt_ids) + len(t.response_ids) for demo in encoded for t in demo)
-    if longest > config.context_length:
-        raise UserError(f"a demonstrated call has {longest} tokens, more than context_length={config.context_length}")
+    encoded = that_fit([encode(demonstration, renderer) for demonstration in demonstrations], config.context_length)
     settings = ImitationSettings(
         steps=config.imitation_steps,
         reading_steps=0 if config.policy else config.reading_steps,
@@ -86,6 +85,25 @@ def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Dem
 
     params = cached(cache_folder(config) / "warm_starts", key, arrays, policy.config, make)
     return dataclasses.replace(policy, params=params)
+
+
+def that_fit(demonstrations: Sequence[Sequence[Transition]], context_length: int) -> list[Sequence[Transition]]:
+    """The demonstrations whose calls all fit. Few may be left out: a policy would else be warm on the short tasks alone.
+
+    Raises:
+      UserError: a share of more than `TOO_LONG` is too long; the sentence says what length would hold them all.
+    """
+    longest = [max(len(t.prompt_ids) + len(t.response_ids) for t in demo) for demo in demonstrations]
+    fit = [demo for demo, tokens in zip(demonstrations, longest, strict=True) if tokens <= context_length]
+    left_out = len(demonstrations) - len(fit)
+    if left_out > TOO_LONG * len(demonstrations):
+        raise UserError(
+            f"{left_out} of {len(demonstrations)} demonstrations have a call of more tokens than context_length={context_length}: "
+            f"the longest has {max(longest)}"
+        )
+    if left_out:
+        print(f"{left_out} of {len(demonstrations)} demonstrations are longer than context_length={context_length} and left out")
+    return fit
 
 
 def row_settings(config: FitConfig) -> RowSettings:
