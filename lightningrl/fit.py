@@ -96,7 +96,7 @@ def fit(
     optimizer = make_optimizer(
         OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     )
-    step = TrainStep(policy.config, recipe, optimizer, mesh)
+    step = TrainStep(policy.config, recipe, optimizer, mesh, config.seed)
     state = step.init(policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
     log = MetricsLog(out)

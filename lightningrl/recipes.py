@@ -21,7 +21,8 @@ from lightningrl.table import Array, Credit, Evidence, LossInputs, TokenTable, T
 CreditFn = Callable[[TransitionTable, Evidence], Credit]
 AdvantageFn = Callable[[TransitionTable, Credit, Evidence], Array]
 SpreadFn = Callable[[TransitionTable, TokenTable, Array, Evidence], Array]
-LossFn = Callable[[LossInputs], tuple[Array, Array, Metrics]]
+LossFn = Callable[..., tuple[Array, Array, Metrics]]  # (LossInputs), and `selected` of a recipe with a `select`
+SelectFn = Callable[..., Array]  # (LossInputs, *, key)
 AggregationFn = Callable[[Array, Array, UnitCounts], Aggregate]
 KlFn = Callable[[LossInputs], Array]
 ValueTargetFn = Callable[[TransitionTable, Evidence], Array]
@@ -42,6 +43,7 @@ class Recipe:
     loss: LossFn
     aggregation: AggregationFn
     spread: SpreadFn = advantages.broadcast
+    select: SelectFn | None = None  # bool of the edges' shape, for a loss of batch scope: without gradient, from the whole batch
     needs: tuple[str, ...] = ()  # fields of Evidence that must be filled
     kl: KlFn | None = None  # needs a reference policy
     kl_coef: float = 0.0
@@ -217,6 +219,33 @@ _LOSSES = (
         aggregation=losses.token_mean,
     ),
     _like(_LIGHTNINGRL, "sapo", "2511.20347", "clipping is too abrupt: ratios fade out softly", loss=losses.sapo),
+    _like(
+        _LIGHTNINGRL,
+        "clip_cov",
+        "2505.22617",
+        "entropy collapses: some of the tokens that make it fall are left out",
+        loss=functools.partial(losses.clip_cov, clip_low=0.2, clip_high=0.2),
+        select=functools.partial(losses.clip_cov_selection, clip_low=0.2, clip_high=0.2),
+        aggregation=losses.token_mean,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "kl_cov",
+        "2505.22617",
+        "as clip_cov, but the tokens that make entropy fall most are held by a KL term, and nothing is clipped",
+        loss=losses.kl_cov,
+        select=losses.kl_cov_selection,
+        aggregation=losses.token_mean,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "m2po",
+        "2510.01161",
+        "rollouts are stale: of ratios to the behaviour policy the largest are left out until their second moment is small",
+        loss=losses.m2po,
+        select=losses.second_moment_keep,
+        aggregation=losses.token_mean,
+    ),
     _like(_LIGHTNINGRL, "dppo", "2602.04879", "probabilities, not their ratios, should stay close", loss=losses.dppo_tv),
 )
 
@@ -252,6 +281,7 @@ def table_text() -> str:
             "advantage": describe(recipe.advantage),
             "spread": describe(recipe.spread),
             "loss": describe(recipe.loss),
+            **({"select": describe(recipe.select)} if recipe.select is not None else {}),
             "aggregation": describe(recipe.aggregation),
             "needs": ", ".join(recipe.needs) or "nothing but the rollouts",
         }

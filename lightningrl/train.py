@@ -44,6 +44,7 @@ class EdgeBatch:
     advantage: Array  # float32
     old_value: Array  # float32
     value_target: Array  # float32
+    selected: Array | None = None  # bool, what `Recipe.select` says of the whole batch; None without one
 
 
 @struct.dataclass
@@ -91,14 +92,28 @@ def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTab
     )
 
 
+def loss_inputs(scores: Scores, edges: EdgeBatch) -> LossInputs:
+    """All that a loss may look at, of edges in any shape."""
+    return LossInputs(
+        tokens=edges.tokens,
+        counts=edges.counts,
+        advantage=edges.advantage,
+        logp=scores.logp,
+        entropy=scores.entropy,
+        value=scores.value,
+        old_value=edges.old_value,
+        value_target=edges.value_target,
+    )
+
+
 class TrainStep:
     """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
 
-    `score` reads, `update` trains. Both compile once per row length.
+    `score` reads, `update` trains. Both compile once per row length. All that is drawn at random comes from `seed` and the step.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
-        self.config, self.recipe, self.optimizer, self.mesh = config, recipe, optimizer, mesh
+    def __init__(self, config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int = 0) -> None:
+        self.config, self.recipe, self.optimizer, self.mesh, self.seed = config, recipe, optimizer, mesh, seed
         self._params_at = params_sharding(config, mesh)
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
         self._score = jax.jit(
@@ -107,6 +122,7 @@ class TrainStep:
             out_shardings=self._whole,
         )
         self._denominators = jax.jit(self._denominators_of)
+        self._select = jax.jit(self._selection_of)
         self._gradients_of = jax.grad(self._objective, has_aux=True)
         self._accumulate = jax.jit(
             lambda total, *batch: jax.tree.map(jnp.add, total, self._gradients_of(*batch)),
@@ -132,6 +148,8 @@ class TrainStep:
         if not rows:
             raise ValueError("an update needs at least one micro-batch")
         denominators = self._denominators(edges)
+        if self.recipe.select is not None:
+            edges = dataclasses.replace(edges, selected=self._select(state.step, self.score(state.params, rows, edges.tokens), edges))
         total = None
         for i, r in enumerate(rows):
             batch = (state.params, r, jax.tree.map(lambda x, i=i: x[i], edges), denominators)
@@ -157,20 +175,15 @@ class TrainStep:
             "value": self.recipe.value_aggregation(zeros, first, edges.counts)[1],
         }
 
+    def _selection_of(self, step: jax.Array, scores: Scores, edges: EdgeBatch) -> Array:
+        assert self.recipe.select is not None
+        return self.recipe.select(loss_inputs(scores, edges), key=jax.random.fold_in(jax.random.key(self.seed), step))
+
     def _objective(self, params: Params, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         r, tokens, counts = self.recipe, edges.tokens, edges.counts
         scores = score_edges(params, self.config, rows, tokens)
-        inputs = LossInputs(
-            tokens=tokens,
-            counts=counts,
-            advantage=edges.advantage,
-            logp=scores.logp,
-            entropy=scores.entropy,
-            value=scores.value,
-            old_value=edges.old_value,
-            value_target=edges.value_target,
-        )
-        loss, keep, metrics = r.loss(inputs)
+        inputs = loss_inputs(scores, edges)
+        loss, keep, metrics = r.loss(inputs) if r.select is None else r.loss(inputs, selected=edges.selected)
         pairs = {
             "loss": r.aggregation(jnp.where(keep, loss, 0.0), tokens.mask, counts),
             "entropy": r.aggregation(scores.entropy, tokens.mask, counts),

@@ -105,6 +105,8 @@ def recipe_table() -> str:
         advantage, loss = code(recipe.advantage), code(recipe.loss)
         if recipe.spread is not advantages.broadcast:
             advantage += f", over tokens by {code(recipe.spread)}"
+        if recipe.select is not None:
+            loss += f", of what {code(recipe.select)} says of the whole batch"
         if recipe.kl is not None:
             loss += f" + {recipe.kl_coef} {code(recipe.kl)}"
         if recipe.value_target is not None:

@@ -39,9 +39,10 @@ def advantage(name, table):
 def objective(recipe, table, tokens, evidence):
     advantage = recipe.advantage(table, recipe.credit(table, evidence), evidence)
     inputs = dataclasses.replace(make_inputs(table, tokens), advantage=recipe.spread(table, tokens, advantage, evidence))
+    selected = {} if recipe.select is None else {"selected": recipe.select(inputs, key=jax.random.key(0))}
 
     def loss_of(logp):
-        loss, keep, _ = recipe.loss(dataclasses.replace(inputs, logp=logp))
+        loss, keep, _ = recipe.loss(dataclasses.replace(inputs, logp=logp), **selected)
         total, denominator = recipe.aggregation(jnp.where(keep, loss, 0.0), tokens.mask, inputs.counts)
         return total / denominator
 

@@ -85,6 +85,27 @@ def test_micro_batches_change_nothing() -> None:
     assert max(jax.tree.leaves(moved)) > 1e-3  # far more than what `close` lets pass
 
 
+@pytest.mark.parametrize(
+    ("name", "fraction", "settings"),
+    [
+        ("clip_cov", "cov_clip_fraction", {"fraction": 0.2, "cov_low": -10.0, "cov_high": 10.0}),
+        ("kl_cov", "cov_kl_fraction", {"fraction": 0.2}),
+        ("m2po", "dropped_fraction", {"threshold": 0.3}),
+    ],
+)
+def test_a_loss_of_batch_scope_selects_from_the_whole_batch(name: str, fraction: str, settings: dict[str, float]) -> None:
+    """However the batch is cut: some of it and not all."""
+    recipe, params = get_recipe(name), tiny_policy().params
+    assert recipe.select is not None
+    recipe = dataclasses.replace(recipe, select=functools.partial(recipe.select, **settings))
+    many, metrics = updated(step_of(recipe), params, SMALL)
+    few, expected = updated(step_of(recipe), params, LARGE)
+    jax.tree.map(close, many.params, few.params)
+    for metric in expected:
+        close(metrics[metric], expected[metric])
+    assert 0.05 < float(metrics[fraction]) < 0.95
+
+
 def test_the_state_is_consumed_and_what_it_was_made_from_is_not() -> None:
     step, params = step_of(LIGHTNINGRL), tiny_policy().params
     packed, table = packed_in(LARGE)

@@ -106,7 +106,7 @@ def clip_cov(
     return loss, mask & ~selected, aux | metric_means({"cov_clip_fraction": selected}, mask)
 
 
-def kl_cov_selection(inputs: LossInputs, *, fraction: float = 2e-4) -> jax.Array:
+def kl_cov_selection(inputs: LossInputs, *, key: Array | None = None, fraction: float = 2e-4) -> jax.Array:
     """The tokens that KL-Cov holds back: bool, of the edges' shape, for the whole batch.
 
     The max(1, ⌊fraction · tokens⌋) masked tokens of the largest covariance. Between equal ones the earlier transition and token is taken,
@@ -114,6 +114,7 @@ def kl_cov_selection(inputs: LossInputs, *, fraction: float = 2e-4) -> jax.Array
 
     Args:
       inputs: reads `logp`, `advantage`, `tokens.transition`, `tokens.k` and `tokens.mask`.
+      key: not used, nothing is random; every selection is called with one.
       fraction: in (0, 1]. verl's default, from the paper, is 2·10⁻⁴; SkyRL's is 0.2.
 
     Raises:

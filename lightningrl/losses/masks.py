@@ -109,7 +109,7 @@ def opsm(
     return values, keep & ~dropped, aux | metric_means({"sequence_dropped_fraction": dropped}, inputs.tokens.mask)
 
 
-def second_moment_keep(inputs: LossInputs, *, threshold: float = 0.04, anchor: Anchor = "behaviour") -> jax.Array:
+def second_moment_keep(inputs: LossInputs, *, key: Array | None = None, threshold: float = 0.04, anchor: Anchor = "behaviour") -> jax.Array:
     """Which tokens M2PO keeps: bool, of the edges' shape, for the *whole* batch, such as [micro-batches, E]. No gradient.
 
     Tokens with the largest (log ρ)² are dropped until the mean over the others is below the threshold. Of equal values all are dropped or
@@ -118,6 +118,7 @@ def second_moment_keep(inputs: LossInputs, *, threshold: float = 0.04, anchor: A
 
     Args:
       inputs: reads `logp`, `tokens.mask` and the log-prob of the anchor.
+      key: not used, nothing is random; every selection is called with one.
       threshold: τ > 0 (0.04 in the paper).
       anchor: the policy in the ratio's denominator, in the paper the one that sampled.
 
