@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from lightningrl.losses import count_units
-from lightningrl.table import LossInputs, TokenTable, TransitionTable
+from lightningrl.losses import Metrics, count_units
+from lightningrl.recipes import Recipe
+from lightningrl.table import Array, LossInputs, TokenTable, TransitionTable
 from lightningrl.tabulate import table_from_rollouts
 from lightningrl.types import Rollout, Status, Task, Transition
 
@@ -99,6 +100,11 @@ def make_inputs(table: TransitionTable, tokens: TokenTable, *, seed: int = 0) ->
         old_value=draw(-1, 1),
         value_target=draw(-1, 1),
     )
+
+
+def loss_of(recipe: Recipe, inputs: LossInputs) -> tuple[Array, Array, Metrics]:
+    """The recipe's loss of a whole batch, with its selection."""
+    return recipe.loss(inputs) if recipe.select is None else recipe.loss(inputs, selected=recipe.select(inputs, key=jax.random.key(0)))
 
 
 def poison(tree, mask):

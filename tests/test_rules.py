@@ -15,7 +15,7 @@ from lightningrl.ratio import log_ratio
 from lightningrl.recipes import RECIPES, describe, get_recipe
 from lightningrl.table import Credit, Evidence
 from tests import batches
-from tests.batches import make_inputs, make_rollout, poison, poison_table
+from tests.batches import loss_of, make_inputs, make_rollout, poison, poison_table
 
 AGGREGATIONS = (losses.token_mean, losses.sequence_mean, losses.sequence_sum, losses.rollout_mean, losses.group_mean)
 IDENTICAL = jax.jit(credit.identical)
@@ -186,8 +186,8 @@ def test_rule_3_a_mean_of_means_is_another_number():
 def test_rule_3_metrics_add_up_like_losses():
     table = mixed_batch()
     inputs = make_inputs(table, make_tokens(table))
-    for loss_of in (losses.ppo_clip, losses.value_loss, losses.negative_log_likelihood):
-        metrics = jax.jit(lambda inputs, loss_of=loss_of: loss_of(inputs)[2])
+    for loss in (losses.ppo_clip, losses.value_loss, losses.negative_log_likelihood):
+        metrics = jax.jit(lambda inputs, loss=loss: loss(inputs)[2])
         whole = metrics(inputs)
         halves = [metrics(jax.tree.map(lambda x, s=s: np.asarray(x)[s], inputs)) for s in (slice(8), slice(8, None))]
         added = jax.tree.map(lambda *x: sum(np.asarray(y) for y in x), *halves)
@@ -212,7 +212,7 @@ def test_rule_4_no_nan_crosses_backwards(name):
 
         def total(logp, value):
             filled = dataclasses.replace(inputs, advantage=spread, logp=logp, value=value)
-            loss, keep, _ = recipe.loss(filled)
+            loss, keep, _ = loss_of(recipe, filled)
             critic, first, _ = recipe.value_loss(filled)
             mask = inputs.tokens.mask
             sums = (
