@@ -30,8 +30,9 @@ def _connect_to_loopback(self: socket.socket, address: Any, /) -> None:
 
 socket.socket.connect = _connect_to_loopback  # type: ignore[assignment, method-assign]
 
+LONGEST = ("test_resume.py", "test_fit.py", "test_train.py")  # minutes each
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: a file stays in one process, and at the end the others would wait for it."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The longest files first: a file stays in one process, and at the end the others would wait for it."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -211,6 +211,7 @@ def crash(directory: pathlib.Path, mode: str, points: list[Any]) -> None:
         assert found["saved"] <= (found["step"] or 0) <= found["saved"] + 1, (run, found)
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_a_file_operation_leaves_whole_checkpoints(tmp_path: pathlib.Path) -> None:
     crash(tmp_path, "operation", random.Random(0).sample(range(1, 70), 8))
 

@@ -65,6 +65,7 @@ def config(tmp_path: pathlib.Path) -> CommandConfig:
     return CommandConfig(out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), **TINY)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_async_agent_without_any_framework_is_trained(config: CommandConfig) -> None:
     fitted = fit(agent, TASKS[:4], None, config, heldout={"heldout": TASKS[4:]})
     assert [row["iteration"] for row in fitted.metrics] == [0, 1, 2]
@@ -216,6 +217,7 @@ def command(module: str, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_the_commands_end_with_one_sentence(tmp_path: pathlib.Path) -> None:
     (tmp_path / "text.sqlite").write_text("text\n" * 200)
     started = {

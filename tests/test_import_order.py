@@ -124,6 +124,7 @@ def test_the_search_leaves_the_rest_alone(source: str) -> None:
     assert not list(forbidden(ast.parse(source)))
 
 
+@pytest.mark.slow
 def test_host_modules_load_without_jax() -> None:
     modules = [dotted(path) for path in sources("lightningrl") if storey(dotted(path)) in HOST_ONLY and path.stem != "__main__"]
     program = """

@@ -110,6 +110,7 @@ def test_describe_shows_the_settings():
     assert recipes.describe(credit.identical) == "identical"
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_recipe():
     done = subprocess.run([sys.executable, "-m", "lightningrl.recipes"], capture_output=True, text=True, check=True)
     assert done.stderr == ""

@@ -18,6 +18,7 @@ from lightningrl.metrics import without_timings
 from lightningrl.policy import save_policy
 from tests.tiny import tiny_policy
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 ITERATIONS, ROLLOUTS = 4, 12  # per iteration
 KILLS = 20
@@ -126,7 +127,6 @@ def test_a_run_of_another_config_is_refused_in_one_sentence(command: Command, wh
     assert command.metrics("whole") == whole
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_left_alone(command: Command, whole: list[dict[str, Any]]) -> None:
     """A run that ends before all kills are spent is checked, and another one is begun."""
     rng = random.Random(0)

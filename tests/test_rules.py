@@ -195,6 +195,7 @@ def test_rule_3_metrics_add_up_like_losses():
             np.testing.assert_allclose(added[name], pair, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_rule_4_no_nan_crosses_backwards(name):
     """NaN wherever nothing is wanted, from the table to the log-probs: the objective and every gradient are as without."""
@@ -263,6 +264,7 @@ def test_rule_5_constant_groups_and_groups_of_one_get_exactly_zero(name):
     assert (advantage[table.group == 2] != 0).tolist() == ([True, False] if name == "pass_at_k" else [True, True])
 
 
+@pytest.mark.slow
 def test_rule_5_holds_for_every_epsilon_and_ddof():
     table = make_table(*(make_rollout("a", 0.1, [0.0] * (1 + i % 3)) for i in range(7)), make_rollout("b", 0.7))
     for ddof in (0.0, 1.0):

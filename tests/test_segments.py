@@ -40,6 +40,7 @@ def members(segment, ids, mask):
     return [t for t in range(LENGTH) if mask[t] and ids[t] == segment]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(entries())
 def test_segment_reductions_are_those_of_a_loop(data):

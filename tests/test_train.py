@@ -73,6 +73,7 @@ def updated(step: TrainStep, params: Any, settings: RowSettings, multiple: int =
     return step.update(step.init(params), packed.rows, edges_of(packed, table, step, params))
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing() -> None:
     step, params = step_of(LIGHTNINGRL), tiny_policy().params
     many, metrics = updated(step, params, SMALL)
@@ -123,6 +124,7 @@ def test_an_update_of_nothing_is_refused() -> None:
         step.update(step.init(tiny_policy().params), (), edges_of(packed, table, step, tiny_policy().params))
 
 
+@pytest.mark.slow
 def test_one_program_for_each_row_length() -> None:
     """The objective is traced once for its shapes and once a row length; other data, and more of it, compiles nothing again."""
     traced = []
@@ -166,6 +168,7 @@ def test_scores_are_the_old_logprobs_of_the_update() -> None:
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.slow
 def test_ppo_trains_its_critic() -> None:
     step, params = step_of(PPO, GENTLE, value_head=True), tiny_policy(value_head=True).params
     state, metrics = updated(step, params, ONE_ROW_LENGTH)
@@ -179,6 +182,7 @@ def test_ppo_trains_its_critic() -> None:
     assert np.mean((after - target) ** 2) < np.mean(target**2)
 
 
+@pytest.mark.slow
 def test_a_kl_term_pulls_towards_the_reference() -> None:
     kl = dataclasses.replace(LIGHTNINGRL, name="kl", kl=losses.k3, kl_coef=1.0)
     step, params = step_of(kl, GENTLE), tiny_policy().params
@@ -195,6 +199,7 @@ def test_a_kl_term_pulls_towards_the_reference() -> None:
     assert float(metrics["kl"]) < EPS
 
 
+@pytest.mark.slow
 def test_the_learning_rate_follows_its_schedule_and_matrices_only_decay() -> None:
     params = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
     nothing = jax.tree.map(jnp.zeros_like, params)
@@ -211,6 +216,7 @@ def demonstrations() -> list[list[Transition]]:
     return [[dataclasses.replace(t, temperature=1.0) for t in r.transitions] for r in rollouts()]
 
 
+@pytest.mark.slow
 def test_imitation_lowers_the_loss_and_repeats_to_the_last_bit() -> None:
     policy = tiny_policy()
 
@@ -246,6 +252,7 @@ np.savez(sys.argv[1], **leaves, **{"m_" + name: np.asarray(value) for name, valu
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does(tmp_path: pathlib.Path) -> None:
     assert batch_multiple(make_mesh()) == 1
     path = tmp_path / "sharded.npz"

@@ -126,6 +126,7 @@ def test_constant_groups_and_groups_of_one_are_exactly_zero(name):
     assert JITTED[name](table, Evidence()).tolist() == [0.0] * SIZE
 
 
+@pytest.mark.slow
 def test_by_hand():
     table = make_table(*(make_rollout("a", x, lengths=[n]) for x, n in ((1, 3), (0, 1))), make_rollout("b", 1), make_rollout("b", 1))
     assert JITTED["opo"](table, Evidence()).tolist() == [0.25, -0.75, 0, 0]

@@ -25,6 +25,7 @@ WHITEN = jax.jit(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(rollouts=batches(integers=True), count=st.sampled_from(["rollouts", "transitions"]), shift=st.booleans())
 def test_whiten_is_that_of_a_loop(rollouts, count, shift):

@@ -76,6 +76,7 @@ def test_nan_without_a_loss_reaches_nothing(turn_value):
     np.testing.assert_array_equal(spoiled, GAE(table, tokens, NOTHING, evidence, turn_value=turn_value))
 
 
+@pytest.mark.slow
 def test_packing_does_not_matter():
     table = ragged()
     tokens = make_tokens(table, 12)
@@ -108,6 +109,7 @@ def test_with_every_rate_1_it_is_token_gae(turn_value):
     np.testing.assert_allclose(both, token_gae(table, tokens, NOTHING, evidence, gamma=1.0, lambda_=1.0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_whitening_comes_last():
     table = ragged()
     tokens = make_tokens(table)
@@ -117,6 +119,7 @@ def test_whitening_comes_last():
     assert whitened.tolist() == whiten_tokens(plain, tokens.mask).tolist()
 
 
+@pytest.mark.slow
 def test_the_critic_gets_no_gradient_and_what_is_wrong_is_said():
     table = ragged()
     tokens = make_tokens(table)

@@ -96,6 +96,7 @@ def test_a_constant_added_to_every_reward_changes_nothing(name, rollouts, by):
     np.testing.assert_allclose(JITTED[name](shifted, Evidence()), JITTED[name](table, Evidence()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @NAMES
 def test_nan_in_padding_reaches_nothing(name):
     rollouts = [make_rollout("a", 1.0, [0.5, 0.0]), make_rollout("a", 0.0), make_rollout("b", 1.0), make_rollout("b", 1.0)]

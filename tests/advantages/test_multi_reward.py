@@ -75,6 +75,7 @@ def loop(rollouts, name):
     return [0.0 if w == 0 or q else (x - mean) / (spread + setting["batch_eps"]) for x, w, q in zip(values, weight, quiet, strict=True)]
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -103,6 +104,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
         np.testing.assert_allclose(one[rollout], other[rollout], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @NAMES
 def test_nan_in_padding_reaches_nothing(name):
     rollouts = with_outcomes([make_rollout("a", 1.0, [0.0, 0.0]), make_rollout("a", 0.0), make_rollout("b", 2.0), make_rollout("b", 0.0)])

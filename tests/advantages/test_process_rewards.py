@@ -104,6 +104,7 @@ def test_nan_without_a_loss_reaches_nothing(name):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @NAMES
 def test_packing_does_not_matter(name):
     table = ragged()
@@ -126,6 +127,7 @@ def test_without_a_comparison_only_the_outcome_speaks(name):
     assert JITTED[name](table, tokens, ADVANTAGE, evidence).tolist() == ADVANTAGE[tokens.transition].tolist()
 
 
+@pytest.mark.slow
 def test_by_hand():
     table = make_table(make_rollout("a", 0.0, lengths=[2]), make_rollout("a", 0.0, lengths=[1]))
     tokens = make_tokens(table)
@@ -137,6 +139,7 @@ def test_by_hand():
     assert prime(table, tokens, zero, far, beta=1.0).tolist() == [20, 0, -10]
 
 
+@pytest.mark.slow
 def test_prime_whitens_last():
     table = ragged()
     tokens = make_tokens(table)

@@ -54,6 +54,7 @@ def loop(table, tokens, evidence, form, singleton, tail, rho):
     return np.array([result.get(e, 0.0) for e in range(len(tokens.mask))])
 
 
+@pytest.mark.slow
 @EVERY_FORM
 @settings(max_examples=12, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -78,6 +79,7 @@ def ragged():
     )
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_nan_without_a_loss_reaches_nothing(form):
     table = ragged()
@@ -95,6 +97,7 @@ def test_nan_without_a_loss_reaches_nothing(form):
     assert np.isfinite(jax.jit(jax.grad(total))(np.where(table.valid[:, None], table.outcome, np.nan))).all()
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_packing_does_not_matter(form):
     table = ragged()
@@ -105,6 +108,7 @@ def test_packing_does_not_matter(form):
     np.testing.assert_array_equal(FORMS[form](table, cut(tokens), NOTHING, cut(evidence)), plain.reshape(3, 5))
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_equal_rewards_are_exactly_zero_and_so_is_a_group_of_one(form):
     table = make_table(*(make_rollout("a", 0.1, lengths=[n]) for n in (2, 3, 3)), make_rollout("b", 0.7), size=SIZE)
@@ -113,6 +117,7 @@ def test_equal_rewards_are_exactly_zero_and_so_is_a_group_of_one(form):
     assert out.tolist() == [0.0] * 9
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_sure_tokens_have_no_say(form):
     """Two rollouts of one token: the baseline is the reward of the one that was unsure; with W 0 throughout there is none."""
@@ -125,6 +130,7 @@ def test_sure_tokens_have_no_say(form):
     assert FORMS[form](table, sure, advantage, Evidence(sum_pi2=np.ones(2, np.float32))).tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_with_one_call_the_two_forms_are_the_same():
     table = make_table(*(make_rollout("a", x, lengths=[n]) for x, n in ((1, 2), (0, 4), (3, 3))))
     tokens = make_tokens(table)
@@ -132,6 +138,7 @@ def test_with_one_call_the_two_forms_are_the_same():
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_what_is_missing_or_unknown_is_said(form):
     table = ragged()

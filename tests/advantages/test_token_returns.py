@@ -124,6 +124,7 @@ def ragged():
     )
 
 
+@pytest.mark.slow
 @NAMES
 def test_packing_does_not_matter(name):
     """The edges in another order, among more padding, or cut into micro-batches: the same number for the same token."""
@@ -190,6 +191,7 @@ V_TRACE_OF_ONES = jax.jit(functools.partial(spreads.v_trace, gamma=GAMMA, lambda
 GAE_OF_ONES = jax.jit(functools.partial(spreads.token_gae, gamma=GAMMA, lambda_=1.0))
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_loss_is_zero():
     table = make_table(make_rollout("a", 1.0, [0.0, 0.0], trainable=[False, False]))
     tokens = make_tokens(table, 4)
@@ -197,6 +199,7 @@ def test_a_batch_without_a_loss_is_zero():
         assert spread(table, tokens, np.zeros(2, np.float32), token_evidence(tokens)).tolist() == [0.0] * 4
 
 
+@pytest.mark.slow
 def test_reinforce_plus_plus_of_equal_returns_is_exactly_zero():
     table = make_table(*(make_rollout("a", 0.1, lengths=[n]) for n in (1, 2, 4)))
     assert spreads.reinforce_plus_plus(table, make_tokens(table), np.zeros(3, np.float32), Evidence()).tolist() == [0.0] * 7
@@ -205,6 +208,7 @@ def test_reinforce_plus_plus_of_equal_returns_is_exactly_zero():
 BASELINE = jax.jit(spreads.reinforce_plus_plus_baseline, static_argnames=("degenerate", "eps"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degenerate", ["zero", "formula"])
 @settings(max_examples=12, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -229,6 +233,7 @@ def test_whiten_tokens_by_hand():
     assert spreads.whiten_tokens(np.full(7, 0.1, np.float32), np.ones(7, bool), eps=0.0).tolist() == [0.0] * 7
 
 
+@pytest.mark.slow
 def test_the_critic_gets_no_gradient_and_evidence_is_asked_for():
     table, tokens, advantage = ByHandTest.table, ByHandTest.tokens, ByHandTest.advantage
     for name in ("token_gae", "token_lambda_return", "v_trace", "v_trace_target"):

@@ -107,6 +107,7 @@ def test_gigpo_by_hand():
     assert gigpo(table, Evidence()).kind == "advantage"
 
 
+@pytest.mark.slow
 def test_groups_of_one_call():
     table = make_table(make_rollout("a", 3.0), size=2)
     assert gigpo(table, Evidence()).value.tolist() == [0.0, 0.0]
@@ -114,12 +115,14 @@ def test_groups_of_one_call():
     assert hgpo(table, Evidence()).value.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_constant_groups_get_exactly_0():
     table = make_table(*[make_rollout("a", 0.1) for _ in range(7)])
     for assign in (gigpo, functools.partial(gigpo, scale="std"), hgpo, functools.partial(hgpo, levels="code")):
         assert not np.asarray(assign(table, Evidence()).value).any()
 
 
+@pytest.mark.slow
 def test_hgpo_by_hand():
     """State c: returns 2, 0, 1, so ±1/σ with σ² = 2/3; history (w, c): 2 and 0, so ±1, at k = 1 and, as it begins there, at k = 2."""
     roles = ["w", "c"], ["w", "c"], ["c"]

@@ -165,6 +165,7 @@ def test_kinds():
     assert jax.jit(credit.gae)(table, evidence).kind == "advantage"
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(rollouts=batches(integers=True))
 def test_undiscounted_reward_to_go_of_the_first_call_is_the_whole_return(rollouts):

@@ -93,11 +93,13 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
     check_order(JITTED[name], rollouts, data.draw(st.permutations(rollouts)), nothing)
 
 
+@pytest.mark.slow
 @NAMES
 def test_padding_reaches_nothing(name):
     check_padding(JITTED[name], named(make_rollout("a", 1.0, [0.5, 0.0, 0.25]), make_rollout("a", 0.0, [0.25, 1.0])), nothing)
 
 
+@pytest.mark.slow
 @NAMES
 def test_constant_groups_and_groups_of_one(name):
     same = [make_rollout("a", 0.1, [0.0, 0.0], roles=["w", "c"]) for _ in range(7)]
@@ -128,6 +130,7 @@ def test_salt_by_hand():
     assert credit.kind == "advantage"
 
 
+@pytest.mark.slow
 def test_values_flow_back_through_shared_states_and_cycles():
     """w → c → success; w → w → c → failure: V(c) = γ, V(w) = γ², whichever rollout one was in, and the cycle at w adds nothing."""
     table = make_table(

@@ -83,6 +83,7 @@ JITTED = {name: jax.jit(assigner) for name, (assigner, _) in ASSIGNERS.items()}
 NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -128,6 +129,7 @@ def test_groups_of_one():
     assert not hcapo(table, evidence).value.any()
 
 
+@pytest.mark.slow
 def test_missing_evidence_is_named_and_gets_no_gradient():
     table = make_table(make_rollout("a", 1.0, [0.0, 0.0]), make_rollout("a", 0.0))
     with pytest.raises(ValueError, match="igpo needs evidence.answer_logp"):

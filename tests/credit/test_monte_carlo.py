@@ -64,6 +64,7 @@ def test_padding_reaches_nothing(name):
     check_padding(JITTED[name], named(make_rollout("a", 1.0, [0.5, 0.0, 0.25]), make_rollout("a", 0.0, [0.25, 1.0])), branches)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(rollouts=batches())
 def test_vineppo_telescopes(rollouts):

@@ -85,6 +85,7 @@ NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 SHAPED, TO_GO = jax.jit(potential_difference), jax.jit(reward_to_go)
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -99,6 +100,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
     check_order(JITTED[name], rollouts, data.draw(st.permutations(rollouts)), ASSIGNERS[name][1])
 
 
+@pytest.mark.slow
 @NAMES
 def test_padding_reaches_nothing(name):
     rollouts = named(make_rollout("a", 1.0, [0.5, 0.0, 0.25]), make_rollout("a", 0.0, [0.25, 1.0]), make_rollout("b", 2.0))

@@ -129,6 +129,7 @@ def test_sums(rollouts):
         np.testing.assert_allclose(sums(assign), worth, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_sampled_orders_come_to_the_exact_values():
     """4000 orders of values in ±1: a standard error below 2 / √4000 = 0.03; five of them."""
     table, evidence = make_table(*FEW), evidence_of(FEW, 9)

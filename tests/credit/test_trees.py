@@ -139,6 +139,7 @@ NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 SMALL = Forest((-1, 0, 0, -1), (0, 0, 0, 1), (0, 0, 0, 0), (((0, 1), 4.0), ((0, 2), 2.0), ((3,), 0.0)))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=20, deadline=None)
 @given(forest=forests())
@@ -178,6 +179,7 @@ def test_constant_groups_and_groups_of_one_get_exactly_0(name):
         assert not np.asarray(JITTED[name](forest.table(), Evidence()).value).any()
 
 
+@pytest.mark.slow
 def test_by_hand():
     """V = 3, 4, 2, 0 and V(root) = 2."""
     table = SMALL.table(4, 5)
@@ -204,6 +206,7 @@ def test_differences_telescope_along_a_path(forest):
         np.testing.assert_allclose(credit[list(path)].sum(), value[path[-1]] - root[path[0]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rollouts_that_were_never_branched_are_paths():
     """TreeAdv is then GRPO, and the differences all fall on the first call."""
     table = make_table(make_rollout("a", 1.0, [0.0, 0.0]), make_rollout("a", 0.0, [0.0, 0.0, 0.0]), size=6)

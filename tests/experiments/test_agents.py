@@ -184,6 +184,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*module, *arguments], capture_output=True, text=True, cwd=root, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_agent_as_a_command(database: Path) -> None:
     with FakeGateway(script(["SELECT count(*) FROM singer"], ["CORRECT"])) as gateway:
         key = gateway.open("rollout", seed=0)

@@ -117,6 +117,7 @@ def test_some_bound_is_met(name):
     assert any(outcomes) and not all(outcomes)
 
 
+@pytest.mark.slow
 @EACH
 def test_invariances(name):
     """Of PPO under the correction: NaN outside the mask, the order of edges, padding and an empty mask."""

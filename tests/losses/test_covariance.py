@@ -106,6 +106,7 @@ def test_invariances(loss):
     oracles.check_invariances(loss)
 
 
+@pytest.mark.slow
 def test_the_draw_is_fair_and_follows_the_key():
     inputs = oracles.per_token(oracles.draw(LONG, 1))
     pool = eligible(oracles.columns(inputs))
@@ -119,6 +120,7 @@ def test_the_draw_is_fair_and_follows_the_key():
     np.testing.assert_array_equal(select(KEY[None]), select(KEY[None]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "kl"])
 def test_micro_batches_share_one_selection(name):
     """The selection of [2, E] edges, handed on, gives each half what it has in the whole."""

@@ -76,6 +76,7 @@ def categoricals(size: int):
     return logits, np.asarray(jax.nn.log_softmax(old)), np.asarray(jax.nn.log_softmax(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, sampled_from_old", [("k3_plus", False), ("k3_unbiased", True), ("k3_unbiased", False)])
 def test_averages_to_the_kl_and_its_gradient_to_the_gradient(name, sampled_from_old):
     """Over all actions, weighted by who sampled. On samples of π itself π_old is π, and the unbiased one is still right."""

@@ -114,6 +114,7 @@ def two_tokens(logp, old, advantage):
     return dataclasses.replace(inputs, tokens=tokens, logp=np.array(logp, np.float32), advantage=np.array(advantage, np.float32))
 
 
+@pytest.mark.slow
 def test_a_certain_token_has_a_divergence_without_nan():
     """p₀ = 1 leaves p₀ log(p₀/p); p = 1 ≠ p₀ is infinitely far; p = p₀ = 1 is no distance."""
     keep = masks.dppo_kl(two_tokens([0.0, 0.0], [-0.5, 0.0], [1, 1]))[1]

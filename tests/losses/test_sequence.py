@@ -87,6 +87,7 @@ def test_is_that_of_a_loop(name, rollouts, seed):
     assert keep.tolist() == inputs.tokens.mask.tolist()
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_is_that_of_the_loop(name, seed):
@@ -108,6 +109,7 @@ def test_sequence_ids_need_no_table_size(ids):
     assert jax.jit(sequence.sequence_ids)(tokens).tolist() == [sorted(set(ids)).index(n) for n in ids]
 
 
+@pytest.mark.slow
 def test_a_micro_batch_of_late_transitions_has_the_losses_it_has_in_the_batch():
     inputs = oracles.draw()
     late = np.flatnonzero(inputs.tokens.mask & (inputs.tokens.transition >= 4))
@@ -117,6 +119,7 @@ def test_a_micro_batch_of_late_transitions_has_the_losses_it_has_in_the_batch():
         np.testing.assert_allclose(loss(part)[0], np.asarray(JITTED[name](inputs)[0])[late], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gspo_token_with_one_advantage_a_sequence_is_gspo():
     inputs = oracles.draw(spread=0.15)
 
@@ -152,6 +155,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient(name):
     np.testing.assert_allclose(jax.grad(total)(inputs.logp), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_by_hand_and_what_it_reports():
     """Two calls: log-ratios (0.3, 0.1) with A = 1, s = e^0.2 > 1.2; and (-0.2,) with A = -1, s = e^-0.2 < 0.9."""
     inputs = oracles.draw([make_rollout("a", 1.0, [0.0, 0.0], lengths=[2, 1])], size=None)

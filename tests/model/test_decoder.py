@@ -131,6 +131,7 @@ def words(seed: int, count: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, 40, count).tolist()
 
 
+@pytest.mark.slow
 # ---- the tests
 @FAMILIES
 def test_forward_is_that_of_loops_in_float64(config: ModelConfig) -> None:
@@ -194,6 +195,7 @@ def test_a_token_in_a_trie_sees_its_ancestors_only() -> None:
     close(hidden[9:12], oracle(LLAMA_3, params_of(LLAMA_3), trunk + right)[0][4:])
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_the_cache_extends_to_what_forward_computes(config: ModelConfig) -> None:
     """Two conversations in slots 3 and 1 of four, read in chunks of eight, then on by single tokens in all slots."""

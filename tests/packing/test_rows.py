@@ -115,6 +115,7 @@ def step() -> TrainStep:
     return TrainStep(POLICY.config, RECIPE, optax.trace(decay=0.0), make_mesh())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("settings", LAYOUTS)
 def test_the_layout_changes_no_logprob_loss_or_gradient(settings: RowSettings, merge: bool) -> None:

@@ -42,6 +42,7 @@ def run(engine: PolicySampler, work: list, concurrency: int) -> list[Completion]
         return list(pool.map(lambda r: engine.submit(*r).result(timeout=60), work))
 
 
+@pytest.mark.slow
 def test_same_tokens_and_logprobs_at_any_concurrency() -> None:
     work = requests(48)
     results = []
@@ -55,6 +56,7 @@ def test_same_tokens_and_logprobs_at_any_concurrency() -> None:
             assert alone.finish_reason == other.finish_reason
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_trainer() -> None:
     work = [(p, s, k) for p, s, k in requests(24) if not s.truncated and s.temperature > 0]
     with sampler() as engine:
