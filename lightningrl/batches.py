@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from lightningrl.losses import count_units
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
 from lightningrl.recipes import Recipe
-from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
+from lightningrl.table import Array, Evidence, TokenTable, TransitionTable, UnitCounts
 from lightningrl.train import EdgeBatch, Scores, TrainStep
 from lightningrl.types import Rollout
 
@@ -66,8 +65,8 @@ def edge_batch(
     """What the loss needs of each edge. Padded to few shapes before it is compiled, cut back after."""
     count = edges.mask.shape[0]
     padding = -count % EDGE_BATCH_MULTIPLE
-    padded = jax.tree.map(lambda x: jnp.pad(jnp.asarray(x), ((0, padding), (0, 0))), edges)
-    spread, target, counts = _on_edges(recipe, table, padded, advantage, value_target, evidence)
+    padded, padded_scores = jax.tree.map(lambda x: jnp.pad(jnp.asarray(x), ((0, padding), (0, 0))), (edges, scores))
+    spread, target, counts = _on_edges(recipe, table, padded, padded_scores, advantage, value_target, evidence)
     return EdgeBatch(
         tokens=edges,
         counts=jax.tree.map(lambda x: x[:count], counts),
@@ -78,8 +77,20 @@ def edge_batch(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _on_edges(recipe: Recipe, table: TransitionTable, edges: TokenTable, advantage: Array, value_target: Array, evidence: Evidence) -> Any:
-    flat = jax.tree.map(jnp.ravel, edges)
-    shape = edges.mask.shape
+def _on_edges(
+    recipe: Recipe, table: TransitionTable, edges: TokenTable, scores: Scores, advantage: Array, value_target: Array, evidence: Evidence
+) -> tuple[Array, Array, UnitCounts]:
+    shape, flat = edges.mask.shape, jax.tree.map(jnp.ravel, edges)
+    evidence = token_evidence(recipe.needs, scores, evidence)
     spread = recipe.spread(table, flat, advantage, evidence).reshape(shape)
-    return spread, value_target[edges.transition], count_units(table, edges)
+    if recipe.token_value_target is not None:
+        target = recipe.token_value_target(table, flat, advantage, evidence).reshape(shape)
+    else:
+        target = value_target[edges.transition]
+    return spread, target, count_units(table, edges)
+
+
+def token_evidence(needs: Sequence[str], scores: Scores, evidence: Evidence) -> Evidence:
+    """With what one pass of the policy says of each edge, where it is needed: a token critic's values, and Σₐ π(a)²."""
+    made = {"token_value": scores.value, "sum_pi2": scores.sum_pi2}
+    return dataclasses.replace(evidence, **{name: jnp.ravel(value) for name, value in made.items() if name in needs})

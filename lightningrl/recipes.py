@@ -48,7 +48,8 @@ class Recipe:
     kl: KlFn | None = None  # needs a reference policy
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
-    value_target: ValueTargetFn | None = None  # f32[N], what a critic learns; None for no critic
+    value_target: ValueTargetFn | None = None  # f32[N], what a turn critic learns; None for none
+    token_value_target: SpreadFn | None = None  # f32[E], what a token critic learns; None for none
     value_loss: LossFn = losses.value_loss
     value_aggregation: AggregationFn = losses.token_mean  # under the mask of the states that the value loss keeps
     value_coef: float = 0.0
@@ -60,8 +61,15 @@ class Recipe:
                 raise ValueError(f"Recipe {self.name!r} needs {need!r}, which is no field of Evidence: {', '.join(fields)}.")
         if (self.kl is None) != (self.kl_coef == 0.0):
             raise ValueError(f"Recipe {self.name!r} must set both kl and kl_coef, or neither.")
-        if (self.value_target is None) != (self.value_coef == 0.0):
+        if self.value_target is not None and self.token_value_target is not None:
+            raise ValueError(f"Recipe {self.name!r} has a turn critic and a token critic: the policy has one value head.")
+        if self.has_critic != (self.value_coef != 0.0):
             raise ValueError(f"Recipe {self.name!r} must set both value_target and value_coef, or neither.")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the policy needs a value head."""
+        return self.value_target is not None or self.token_value_target is not None
 
 
 _LIGHTNINGRL = Recipe(
@@ -146,6 +154,30 @@ _CREDITS = (
         value_target=functools.partial(credit.gae_value_target, gamma=0.99, lambda_=0.9),
         value_coef=0.5,
     ),
+    _like(
+        _LIGHTNINGRL,
+        "token_ppo",
+        "1707.06347, 1506.02438",
+        "answers are long and a critic can learn where they go wrong: PPO as it is used for chat models, a value for each token",
+        advantage=advantages.unchanged,
+        spread=functools.partial(advantages.token_gae, gamma=1.0, lambda_=0.95),
+        needs=("token_value",),
+        token_value_target=functools.partial(advantages.token_lambda_return, gamma=1.0, lambda_=0.95),
+        value_loss=functools.partial(losses.value_loss, states="tokens"),
+        value_coef=0.5,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "bi_level_gae",
+        "2504.20073, 2510.16907",
+        "as token_ppo, with many turns: rewards are discounted over turns, and not over the tokens between them",
+        advantage=advantages.unchanged,
+        spread=functools.partial(advantages.bi_level_gae, turn_gamma=0.95, turn_lambda=1.0),
+        needs=("token_value",),
+        token_value_target=functools.partial(advantages.bi_level_value_target, turn_gamma=0.95, turn_lambda=1.0),
+        value_loss=functools.partial(losses.value_loss, states="tokens"),
+        value_coef=0.5,
+    ),
 )
 
 # What is taken off, and what scales.
@@ -187,6 +219,15 @@ _ADVANTAGES = (
     _like(_LIGHTNINGRL, "opo", "2505.23585", "lengths differ much: the baseline of least variance", advantage=advantages.opo),
     _like(_LIGHTNINGRL, "maxrl", "2602.02710", "rewards are 0 or 1 and successes are rare", advantage=advantages.maxrl),
     _like(_LIGHTNINGRL, "pass_at_k", "2503.19595", "one success among many tries is enough", advantage=advantages.pass_at_k),
+    _like(
+        _LIGHTNINGRL,
+        "otb",
+        "2602.07078",
+        "gradients are noisy: at each token the baseline of least variance, which sure rollouts have little say in",
+        advantage=advantages.unchanged,
+        spread=advantages.multi_turn_optimal_token_baseline,
+        needs=("sum_pi2",),
+    ),
     _like(
         _LIGHTNINGRL,
         "gpg",
@@ -285,8 +326,9 @@ def table_text() -> str:
             "aggregation": describe(recipe.aggregation),
             "needs": ", ".join(recipe.needs) or "nothing but the rollouts",
         }
-        if recipe.value_target is not None:
-            lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(recipe.value_target)}"
+        target = recipe.value_target or recipe.token_value_target
+        if target is not None:
+            lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(target)}"
         body = "\n".join(textwrap.fill(text, 100, initial_indent=f"  {key:<13}", subsequent_indent=" " * 15) for key, text in lines.items())
         paragraphs.append(f"{recipe.name}  (arXiv {recipe.arxiv})\n{body}")
     return "\n\n".join(paragraphs)

@@ -54,6 +54,7 @@ class Scores:
     logp: jax.Array  # float32, of the tempered distribution
     entropy: jax.Array  # float32
     value: jax.Array  # float32
+    sum_pi2: jax.Array  # float32, Σₐ π(a)² of the tempered distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTab
         logp=jnp.take_along_axis(logp, edges.token[:, None], axis=-1)[:, 0],
         entropy=-jnp.sum(jnp.exp(logp) * logp, axis=-1),
         value=decoder.values(params, at_nodes),
+        sum_pi2=jnp.sum(jnp.exp(2.0 * logp), axis=-1),
     )
 
 
@@ -169,10 +171,10 @@ class TrainStep:
     def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:
         """Of each aggregation, from masks alone: they do not depend on the policy."""
         tokens, zeros = edges.tokens, jnp.zeros(jnp.shape(edges.tokens.mask), jnp.float32)
-        first = jnp.logical_and(tokens.mask, tokens.k == 0)
+        states = tokens.mask if self.recipe.token_value_target is not None else jnp.logical_and(tokens.mask, tokens.k == 0)
         return {
             "policy": self.recipe.aggregation(zeros, tokens.mask, edges.counts)[1],
-            "value": self.recipe.value_aggregation(zeros, first, edges.counts)[1],
+            "value": self.recipe.value_aggregation(zeros, states, edges.counts)[1],
         }
 
     def _selection_of(self, step: jax.Array, scores: Scores, edges: EdgeBatch) -> Array:
@@ -192,9 +194,9 @@ class TrainStep:
         if r.kl is not None:
             pairs["kl"] = r.aggregation(r.kl(inputs), tokens.mask, counts)
             objective += r.kl_coef * safe_divide(pairs["kl"][0], denominators["policy"])
-        if r.value_target is not None:
-            value_loss, first, value_metrics = r.value_loss(inputs)
-            pairs["value_loss"] = r.value_aggregation(value_loss, first, counts)
+        if r.has_critic:
+            value_loss, states, value_metrics = r.value_loss(inputs)
+            pairs["value_loss"] = r.value_aggregation(value_loss, states, counts)
             objective += r.value_coef * safe_divide(pairs["value_loss"][0], denominators["value"])
             metrics = metrics | value_metrics
         return objective, metrics | pairs

@@ -53,7 +53,12 @@ def test_runs_from_table_to_gradient_under_jit(name):
     table = batch()
     tokens = make_tokens(table, 20)
     tokens = dataclasses.replace(tokens, behaviour_logp=tokens.old_logp)  # on policy: m2po drops what is far from it
-    evidence = Evidence(value=np.linspace(-1, 1, 9, dtype=np.float32) if "value" in RECIPES[name].needs else None)
+    made = {
+        "value": np.linspace(-1, 1, 9, dtype=np.float32),
+        "token_value": np.linspace(-1, 1, 20, dtype=np.float32),
+        "sum_pi2": np.linspace(0.1, 1, 20, dtype=np.float32),
+    }
+    evidence = Evidence(**{need: made[need] for need in RECIPES[name].needs})
     loss, gradient = jax.jit(functools.partial(objective, RECIPES[name]))(table, tokens, evidence)
     assert np.isfinite(loss) and np.isfinite(gradient).all()
     assert (np.asarray(gradient)[~tokens.mask] == 0).all() and np.abs(gradient).sum() > 0
@@ -70,6 +75,18 @@ def test_paper_and_ours_differ_in_what_weighs_one():
 def test_reward_to_go_without_intermediate_rewards_is_lightningrl():
     table = make_table(make_rollout("a", 1.0, [0.0]), make_rollout("a", 0.25, [0.0, 0.0, 0.0]))
     assert advantage("lightningrl", table).tolist() == advantage("lightningrl_rtg", table).tolist()
+
+
+@pytest.mark.parametrize("name", ["token_ppo", "bi_level_gae"])
+def test_a_token_critic_learns_advantage_plus_value(name):
+    """γ and λ of the target are those of the advantage."""
+    recipe, table = get_recipe(name), batch()
+    tokens = make_tokens(table, 20)
+    evidence = Evidence(token_value=np.linspace(-1, 1, 20, dtype=np.float32))
+    nothing = np.zeros(9, np.float32)
+    expected = np.where(tokens.mask, recipe.spread(table, tokens, nothing, evidence) + evidence.token_value, 0.0)
+    # One float32 rounding of numbers up to 4 on either side.
+    np.testing.assert_allclose(recipe.token_value_target(table, tokens, nothing, evidence), expected, rtol=0, atol=1e-6)
 
 
 def test_ppo_and_its_critic_agree_on_gamma_and_lambda():
@@ -102,6 +119,8 @@ def test_recipes_that_do_not_fit_are_refused():
         mine(kl_coef=0.1)
     with pytest.raises(ValueError, match="both value_target and value_coef, or neither"):
         mine(value_target=credit.gae_value_target)
+    with pytest.raises(ValueError, match="one value head"):
+        mine(value_target=credit.gae_value_target, token_value_target=advantages.token_lambda_return, value_coef=0.5)
 
 
 def test_describe_shows_the_settings():

@@ -202,8 +202,10 @@ def test_rule_4_no_nan_crosses_backwards(name):
     recipe = RECIPES[name]
     rollouts = [make_rollout("a", 1.0, [0.0, 0.5], lengths=[2, 1]), make_rollout("a", 0.0, [0.0], lengths=[3])]
     table = make_table(*rollouts)
-    evidence = Evidence(value=np.where(table.valid, 0.5 - 0.25 * np.arange(20), 0).astype(np.float32))
     tokens = make_tokens(table)
+    of_calls = Evidence(value=np.where(table.valid, 0.5 - 0.25 * np.arange(20), 0).astype(np.float32))
+    of_tokens = {name: np.linspace(0.1, 0.9, tokens.mask.size, dtype=np.float32) for name in ("token_value", "sum_pi2")}
+    evidence = dataclasses.replace(of_calls, **of_tokens)
     inputs = make_inputs(table, tokens)
 
     @jax.jit
@@ -226,7 +228,8 @@ def test_rule_4_no_nan_crosses_backwards(name):
         return jax.value_and_grad(total, argnums=(0, 1))(inputs.logp, inputs.value)
 
     clean = run(table, evidence, inputs)
-    spoiled = run(poison_table(table), poison(evidence, table.valid), poison(inputs, tokens.mask))
+    poisoned = dataclasses.replace(poison(of_calls, table.valid), **poison(of_tokens, tokens.mask))
+    spoiled = run(poison_table(table), poisoned, poison(inputs, tokens.mask))
     assert np.isfinite(clean[0])
     np.testing.assert_array_equal(clean[0], spoiled[0])
     for one, other in zip(clean[1], spoiled[1], strict=True):

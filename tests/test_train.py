@@ -20,6 +20,7 @@ from lightningrl import losses
 from lightningrl.batches import edge_batch
 from lightningrl.evidence.critic import turn_values
 from lightningrl.loop import assign
+from lightningrl.model import decoder
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
 from lightningrl.recipes import Recipe, get_recipe
 from lightningrl.sharding import batch_multiple, make_mesh
@@ -168,17 +169,35 @@ def test_scores_are_the_old_logprobs_of_the_update() -> None:
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+def test_scores_are_those_of_one_distribution() -> None:
+    """Against the logits themselves, in float64."""
+    policy = tiny_policy()
+    packed, _ = packed_in(LARGE)
+    scores = step_of(LIGHTNINGRL).score(policy.params, packed.rows, packed.edges)
+    rows, edges = packed.rows[0], jax.tree.map(lambda x: np.asarray(x)[0], packed.edges)
+    hidden = decoder.forward(policy.params, policy.config, rows.tokens, rows.positions, rows.end)
+    logits = np.asarray(decoder.logits(policy.params, policy.config, hidden.reshape(-1, hidden.shape[-1])), np.float64)
+    tempered = logits[edges.node] / np.asarray(edges.temperature, np.float64)[:, None]
+    p = np.exp(tempered - tempered.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    chosen = p[np.arange(len(edges.token)), edges.token]
+    for name, expected in {"logp": np.log(chosen), "entropy": -(p * np.log(p)).sum(-1), "sum_pi2": (p**2).sum(-1)}.items():
+        # Sums of a few hundred float32 terms, relative to numbers of order 1.
+        np.testing.assert_allclose(np.asarray(getattr(scores, name))[0][edges.mask], expected[edges.mask], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
-def test_ppo_trains_its_critic() -> None:
-    step, params = step_of(PPO, GENTLE, value_head=True), tiny_policy(value_head=True).params
+@pytest.mark.parametrize("name", ["ppo", "token_ppo"])
+def test_a_critic_is_trained(name: str) -> None:
+    step, params = step_of(get_recipe(name), GENTLE, value_head=True), tiny_policy(value_head=True).params
     state, metrics = updated(step, params, ONE_ROW_LENGTH)
     assert all(np.isfinite(float(value)) for value in metrics.values())
     assert float(metrics["value_loss"]) > 0
     packed, table = packed_in(ONE_ROW_LENGTH)
     before = edges_of(packed, table, step, params)
-    first = np.asarray(packed.edges.mask & (packed.edges.k == 0))
-    after = np.asarray(step.score(state.params, packed.rows, packed.edges).value)[first]
-    target = np.asarray(before.value_target)[first]
+    states = np.asarray(packed.edges.mask & ((packed.edges.k == 0) | (name == "token_ppo")))
+    after = np.asarray(step.score(state.params, packed.rows, packed.edges).value)[states]
+    target = np.asarray(before.value_target)[states]
     assert np.mean((after - target) ** 2) < np.mean(target**2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,29 +11,34 @@ import jax.numpy as jnp
 from lightningrl.losses.metrics import Metrics, metric_means
 from lightningrl.table import Array, LossInputs
 
+States = Literal["calls", "tokens"]
 
-def value_loss(inputs: LossInputs, *, clip: float | None = 0.2) -> tuple[Array, Array, Metrics]:
-    """Squared error of a turn critic, clipped around the value that the update started from (arXiv 2005.12729).
+
+def value_loss(inputs: LossInputs, *, clip: float | None = 0.2, states: States = "calls") -> tuple[Array, Array, Metrics]:
+    """Squared error of a critic, clipped around the value that the update started from (arXiv 2005.12729).
 
       ℓ = ½ max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²),   R the λ-return that goes with the advantage
 
-    A turn has one state before it, read at the node of its first token. The units of this loss are these states, not tokens:
-    `keep` is also the mask to aggregate under, and with `token_mean` the result is the mean over transitions.
+    A turn critic has one state before each call, read at the node of its first token; a token critic one before each token. The
+    units of this loss are these states: `keep` is also the mask to aggregate under, and with `token_mean` the result is the mean over them.
 
     Args:
       inputs: E edges; reads `value`, `old_value`, `value_target`, `tokens.k` and `tokens.mask`.
       clip: ε > 0, or None for the plain squared error.
+      states: "calls" or "tokens", what the critic values the states before.
 
     Returns:
-      loss f32[E]; keep bool[E], the masked edges with k = 0; and pairs (sum, transitions) of `value_error_squared_mean`,
+      loss f32[E]; keep bool[E], the masked edges, those with k = 0 of a turn critic; and pairs (sum, states) of `value_error_squared_mean`,
       `value_clip_fraction`, `value_target_mean` and `value_target_squared_mean`.
 
     Raises:
-      ValueError: ε is not positive.
+      ValueError: ε is not positive, or unknown states.
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"The value loss's clip is {clip}: it must be positive, or None for no clipping.")
-    keep = jnp.logical_and(inputs.tokens.mask, inputs.tokens.k == 0)
+    if states not in get_args(States):
+        raise ValueError(f"The value loss has no states {states!r}: choose one of {', '.join(get_args(States))}.")
+    keep = jnp.logical_and(inputs.tokens.mask, (inputs.tokens.k == 0) | (states == "tokens"))
     chex.assert_equal_shape([inputs.value, inputs.old_value, inputs.value_target, keep])
     value = jnp.where(keep, inputs.value, 0.0)
     old = jax.lax.stop_gradient(jnp.where(keep, inputs.old_value, 0.0))

@@ -132,6 +132,16 @@ def test_value_loss_under_its_own_mask_is_the_mean_over_transitions():
     assert count == 3.0
     with pytest.raises(ValueError, match="value loss's clip is 0.0: it must be positive, or None"):
         losses.value_loss(INPUTS, clip=0.0)
+    with pytest.raises(ValueError, match="no states 'turns': choose one of calls, tokens"):
+        losses.value_loss(INPUTS, states="turns")
+
+
+def test_value_loss_of_a_token_critic_is_the_squared_error_of_every_token():
+    loss, keep, _ = losses.value_loss(INPUTS, clip=None, states="tokens")
+    mask = np.asarray(INPUTS.tokens.mask)
+    np.testing.assert_array_equal(keep, mask)
+    error = np.asarray(INPUTS.value, np.float64) - np.asarray(INPUTS.value_target, np.float64)
+    np.testing.assert_allclose(np.asarray(loss)[mask], 0.5 * error[mask] ** 2, rtol=1e-6)
 
 
 def test_negative_log_likelihood():
