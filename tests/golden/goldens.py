@@ -115,6 +115,4 @@ def make_rows(mask, group, outcome, *, turn_reward=None, logps=None, merged: boo
 def make_inputs(rows: Rows, *, logp, advantage, drawn) -> LossInputs:
     """What a loss reads, from arrays [B, T]."""
     flat = {name: np.ravel(drawn[name]) for name in ("entropy", "value", "old_value", "value_target")}
-    return LossInputs(
-        tokens=rows.tokens, counts=COUNT(rows.table, rows.tokens), advantage=np.ravel(advantage), logp=np.ravel(logp), **flat
-    )
+    return LossInputs(tokens=rows.tokens, counts=COUNT(rows.table, rows.tokens), advantage=np.ravel(advantage), logp=np.ravel(logp), **flat)
