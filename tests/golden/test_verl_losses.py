@@ -61,6 +61,12 @@ NOT_REPRODUCED = {
 }
 
 
+def one_empty():
+    mask = DRAWN["action"].copy()
+    mask[5] = 0
+    return mask
+
+
 def rows_of(drawn=DRAWN, mask=None):
     return make_rows(DRAWN["action"] if mask is None else mask, DRAWN["group"], DRAWN["outcome"], logps=drawn, merged=True)
 
@@ -81,19 +87,27 @@ def program(name: str, settings: str, weighted: bool):
     return jax.jit(jax.jacrev(totals, has_aux=True))
 
 
-def ours(case, *, drawn=DRAWN, mask=None, weighted=False):
-    """Our value and gradient under verl's settings of a case."""
-    settings, name = dict(VERL.cases[case]), case.split("/")[1]
-    advantage, mode = settings.pop("advantage"), settings.pop("mode")
-    rows = rows_of(drawn, mask)
+@functools.cache
+def answers(kind: str, name: str, settings: str, advantage: str):
+    """Every aggregation of a loss and its gradients, on the inputs of a kind of case."""
+    drawn = VERL["inputs/far"] if kind == "far" else DRAWN
+    rows = rows_of(drawn, one_empty() if kind == "empty_row" else None)
     inputs = make_inputs(rows, logp=drawn["logp"], advantage=drawn[advantage], drawn=drawn)
-    gradients, values = program(name, json.dumps(settings), weighted)(inputs.logp, inputs)
+    gradients, values = program(name, settings, kind == "weighted")(inputs.logp, inputs)
+    return np.asarray(values), np.asarray(gradients).reshape(-1, *rows.mask.shape)
+
+
+def ours(case):
+    """Our value and gradient under verl's settings of a case."""
+    settings, (kind, name, *_) = dict(VERL.cases[case]), case.split("/")
+    advantage, mode = settings.pop("advantage"), settings.pop("mode")
+    values, gradients = answers(kind, name, json.dumps(settings), advantage)
     number = list(AGGREGATIONS).index(ALWAYS.get(name, mode))
-    return float(values[number]), rows.grid(gradients[number])
+    return values[number], gradients[number]
 
 
-def check(case, **changes):
-    value, gradient = ours(case, **changes)
+def check(case):
+    value, gradient = ours(case)
     np.testing.assert_allclose(value, VERL[case]["loss"], **CLOSE)
     np.testing.assert_allclose(gradient, VERL[case]["gradient"], **CLOSE)
     return gradient
@@ -106,25 +120,19 @@ def test_policy_losses(case):
 
 @pytest.mark.parametrize("case", [case for case in VERL.under("weighted") if case not in NOT_REPRODUCED])
 def test_policy_losses_with_importance_weights(case):
-    check(case, weighted=True)
-
-
-def one_empty():
-    mask = DRAWN["action"].copy()
-    mask[5] = 0
-    return mask
+    check(case)
 
 
 @pytest.mark.parametrize("case", [case for case in VERL.under("empty_row") if case != "empty_row/geo_mean"])
 def test_policy_losses_with_a_row_without_actions(case):
-    check(case, mask=one_empty())
+    check(case)
 
 
 def test_verls_gmpo_counts_a_row_without_actions():
     """On paper the mean is over the sequences there are, 9; verl divides by the rows, 10. Every other loss of verl's leaves the row out."""
     golden = VERL["empty_row/geo_mean"]
-    value, gradient = ours("empty_row/geo_mean", mask=one_empty())
-    np.testing.assert_allclose(np.float32(value) * 9 / 10, golden["loss"], **CLOSE)
+    value, gradient = ours("empty_row/geo_mean")
+    np.testing.assert_allclose(value * np.float32(9 / 10), golden["loss"], **CLOSE)
     np.testing.assert_allclose(gradient * 9 / 10, golden["gradient"], **CLOSE)
     logs = (DRAWN["logp"] - DRAWN["old_logp"]).astype(np.float64)
     a, used = DRAWN["row_advantage"], one_empty() > 0
@@ -136,7 +144,7 @@ def test_verls_gmpo_counts_a_row_without_actions():
 
 @pytest.mark.parametrize("case", [case for case in VERL.under("far") if case.split("/")[1] not in UNCLAMPED])
 def test_policy_losses_far_from_the_old_policy(case):
-    check(case, drawn=VERL["inputs/far"])
+    check(case)
 
 
 @pytest.mark.parametrize("name", UNCLAMPED)
@@ -146,7 +154,7 @@ def test_losses_that_verl_does_not_clamp(name):
     Everything else is as in verl: all other tokens, and for the two losses of sequences all other rows.
     """
     far, golden = VERL["inputs/far"], VERL[f"far/{name}"]["gradient"]
-    _, gradient = ours(f"far/{name}", drawn=far)
+    _, gradient = ours(f"far/{name}")
     others = np.ones(golden.shape, bool)
     for row, column in FAR:
         others[row, slice(None) if name in ("gspo", "geo_mean") else column] = False
@@ -199,17 +207,21 @@ def test_aggregations(mode):
         rows = make_rows(golden["mask"], DRAWN["group"], DRAWN["outcome"], merged=merged)
         inputs = make_inputs(rows, logp=DRAWN["logp"], advantage=DRAWN["token_advantage"], drawn=DRAWN)
 
-        def total(loss, mask=inputs.tokens.mask, counts=inputs.counts, aggregate=aggregate):
-            above, below = aggregate(loss, mask, counts)
-            return above / below, (above, below)
+        @jax.jit
+        def parts_of(loss, mask, counts, aggregate=aggregate):
+            return aggregate(loss, mask, counts)
 
-        (value, (_, whole)), gradient = jax.value_and_grad(total, has_aux=True)(DRAWN["loss"].ravel())
+        def total(loss):
+            above, below = parts_of(loss, inputs.tokens.mask, inputs.counts)
+            return above / below, below
+
+        (value, whole), gradient = jax.value_and_grad(total, has_aux=True)(DRAWN["loss"].ravel())
         np.testing.assert_allclose(value, golden["loss"], **CLOSE)
         np.testing.assert_allclose(rows.grid(gradient), golden["gradient"], **CLOSE)
         edges = np.arange(len(inputs.tokens.mask)).reshape(rows.mask.shape)
         for part, chosen in zip(golden["parts"], (edges[:4].ravel(), edges[4:].ravel()), strict=True):
             counts = jax.tree.map(lambda x, chosen=chosen: x[chosen], inputs.counts)
-            above, _ = aggregate(DRAWN["loss"].ravel()[chosen], inputs.tokens.mask[chosen], counts)
+            above, _ = parts_of(DRAWN["loss"].ravel()[chosen], inputs.tokens.mask[chosen], counts)
             np.testing.assert_allclose(above / whole, part, **CLOSE)
 
 
