@@ -26,7 +26,8 @@ ROWS = (
 OUTCOME = (1.0, 0.5, 0.75, 0.0, 0.0, 0.25, 0.5, 1.5, -0.5, 0.5)  # those of t2 are equal
 FORMAT = (0.0, 1.0, 1.0, 0.5, 0.25, 1.0, 0.0, 0.25, 0.5, 0.0)  # a second reward; those of t4 are equal
 GREEDY = (0.5, 0.25, 1.0, 0.5, 0.75, 0.5, 0.25, 0.75, 0.5, 0.25)  # what the greedy rollout of the task earned
-SMALL_OUTCOME = (0.0, 1 / 1024, 3 / 1024, 0.0)
+# A task whose rewards differ by a thousandth, exactly in float32, and another.
+SMALL_GROUP, SMALL_OUTCOME = ("t", "t", "t", "t", "u", "u"), (0.0, 1 / 1024, 3 / 1024, 0.0, 0.0, 1.0)
 
 # Groups of four next to each other, for a library that knows no others; the second group's rewards are equal.
 FOURS_OUTCOME = (1.0, 0.25, -0.5, 0.0, 0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 0.0, 0.0)

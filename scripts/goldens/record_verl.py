@@ -96,14 +96,14 @@ def record_advantages(out: Recorder) -> None:
 
 
 def record_small(out: Recorder) -> None:
-    """Rewards that differ by a thousandth, exact in float32: here the epsilon of a division shows."""
-    rewards, mask = np.array(inputs.SMALL_OUTCOME, np.float32)[:, None], np.ones((4, 1), np.float32)
+    """Rewards that differ by little: here the epsilon of a division shows."""
+    rewards, mask = np.array(inputs.SMALL_OUTCOME, np.float32)[:, None], np.ones((6, 1), np.float32)
     for name in ("grpo", "grpo_vectorized", "grpo_passk", "gdpo"):
         settings = {"config": AlgoConfig()} if name == "grpo_passk" else {}
         advantages, _ = core_algos.ADV_ESTIMATOR_REGISTRY[name](
-            token_level_rewards=tensor(rewards), response_mask=tensor(mask), index=np.array(["t"] * 4), **settings
+            token_level_rewards=tensor(rewards), response_mask=tensor(mask), index=np.array(inputs.SMALL_GROUP), **settings
         )
-        out.add(f"small/{name}", outcome=rewards[:, 0], advantages=advantages)
+        out.add(f"small/{name}", group=np.array(inputs.SMALL_GROUP), outcome=rewards[:, 0], advantages=advantages)
 
 
 def record_hazards(out: Recorder, drawn) -> None:

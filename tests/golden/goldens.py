@@ -20,6 +20,7 @@ from tests.batches import make_rollout, make_table
 
 COUNT = jax.jit(count_units)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+ROUND = 20  # tables are padded to multiples of it, so that rows cut into calls and whole ones share compiled programs
 
 
 class Goldens:
@@ -47,7 +48,7 @@ class Rows:
     table: TransitionTable
     tokens: TokenTable
     mask: np.ndarray  # bool [B, T]
-    row: np.ndarray  # int32 [N], of each transition
+    row: np.ndarray  # int32 [N], of each transition; 0 at padding
 
     def grid(self, edges) -> np.ndarray:
         """Edges as rows again."""
@@ -82,11 +83,14 @@ def make_rows(mask, group, outcome, *, turn_reward=None, logps=None, merged: boo
     mask = np.asarray(mask) > 0
     runs = [[sum(row, [])] if merged else row for row in turns_of(mask)]
     rewards = [[float(turn_reward[i, run[-1]]) if turn_reward is not None and run else 0.0 for run in row] for i, row in enumerate(runs)]
+    number_of = [len(row) for row in runs]
+    size = -(-sum(number_of) // ROUND) * ROUND
     table = make_table(
         *(
             make_rollout(str(group[i]), float(outcome[i]), rewards[i], lengths=[len(run) for run in row], name=str(i))
             for i, row in enumerate(runs)
-        )
+        ),
+        size=size,
     )
     transition, k = np.zeros(mask.shape, np.int32), np.zeros(mask.shape, np.int32)
     number = 0
@@ -108,7 +112,8 @@ def make_rows(mask, group, outcome, *, turn_reward=None, logps=None, merged: boo
         mask=mask.ravel(),
         **of,
     )
-    row_of = np.repeat(np.arange(len(runs)), [len(row) for row in runs]).astype(np.int32)
+    row_of = np.zeros(size, np.int32)
+    row_of[: sum(number_of)] = np.repeat(np.arange(len(runs)), number_of)
     return Rows(table=table, tokens=tokens, mask=mask, row=row_of)
 
 

@@ -195,7 +195,7 @@ def test_advantages(name):
     def run(table):
         return ADVANTAGES[name](table, credit.identical(table, NOTHING), NOTHING)
 
-    np.testing.assert_allclose(run(table), golden["advantages"][rows.row], **CLOSE)
+    np.testing.assert_allclose(run(table), np.where(table.valid, golden["advantages"][rows.row], 0.0), **CLOSE)
     assert golden["advantages"].any() != name.endswith("singletons")
 
 

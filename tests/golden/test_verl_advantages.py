@@ -81,7 +81,7 @@ def test_estimators_of_rollouts(name, merged):
 def test_epsilons(case):
     """Rewards that differ by a thousandth: another epsilon would show in the third digit."""
     golden = VERL[case]
-    rows = make_rows(np.ones((4, 1)), ["t"] * 4, golden["outcome"])
+    rows = make_rows(np.ones((6, 1)), golden["group"], golden["outcome"])
     function, spread = OF_ROLLOUTS[case.split("/")[1]]
     np.testing.assert_allclose(rows.grid(of_rollouts(function, spread, rows.table, rows.tokens, NOTHING)), golden["advantages"], **CLOSE)
 
@@ -221,7 +221,7 @@ def test_verl_loses_a_reward_that_is_paid_at_an_observation(name):
     gamma, decay = settings["gamma"], settings["gamma"] * settings["lambda_"]
     mask = golden["mask"] > 0
     rows = make_rows(mask, ["a", "b"], [1.0, 0.0])
-    evidence = Evidence(token_value=golden["value"].ravel(), greedy_reward=np.zeros(2, np.float32))
+    evidence = Evidence(token_value=golden["value"].ravel(), greedy_reward=np.zeros_like(rows.table.weight))
     paper = np.zeros(mask.shape)
     for i, outcome in enumerate((1.0, 0.0)):
         carried, following = 0.0, 0.0

@@ -211,7 +211,7 @@ def test_aggregations(mode):
         def parts_of(loss, mask, counts, aggregate=aggregate):
             return aggregate(loss, mask, counts)
 
-        def total(loss):
+        def total(loss, inputs=inputs):
             above, below = parts_of(loss, inputs.tokens.mask, inputs.counts)
             return above / below, below
 
