@@ -42,7 +42,7 @@ def gdpo(
 
     The paper's batch norm counts rollouts. verl: eps=1e-6, singleton="raw", degenerate="formula", batch_count="tokens",
     batch_eps=0 (its 1e-8 stands under the root). TRL (`normalize_then_sum`): eps=1e-4, degenerate="formula",
-    batch_count="rollouts", batch_eps=1e-4. The first from reading its code; the second from notes on its code, to be confirmed against it.
+    batch_count="rollouts", batch_eps=1e-4. Both are compared with what the package computes.
 
     Args:
       table: N transitions, D outcomes.

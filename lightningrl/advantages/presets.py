@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 FROM_READING_THEIR_CODE = "from reading their code"
+COMPARED = "compared with what the package computes (tests/golden)"
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -30,8 +31,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 PRESET_ORIGINS: Mapping[str, str] = MappingProxyType(
     {
-        "verl": f"{FROM_READING_THEIR_CODE}, commit 1dda039b, estimator grpo; of a group of one it divides the raw reward by 1 + eps",
-        "trl": f"{FROM_READING_THEIR_CODE}, commit f2cd5771, GRPOTrainer with scale_rewards='group'",
+        "verl": f"{COMPARED}, version 0.9.1, estimator grpo; of a group of one it divides the raw reward by 1 + eps",
+        "trl": f"{COMPARED}, version 1.16.0, GRPOTrainer with scale_rewards='group'",
         "tunix": f"{FROM_READING_THEIR_CODE}, commit c7d8950f, grpo; it rejects groups of one, where its formula has no number",
         "areal": f"{FROM_READING_THEIR_CODE}, commit 4aef98d8, mean and std by group; ddof 0 before version 0.3.4, in float64",
         "skyrl": f"{FROM_READING_THEIR_CODE}, commit a9564572, grpo",

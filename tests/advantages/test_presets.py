@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightningrl.advantages.group import group_norm
-from lightningrl.advantages.presets import FROM_READING_THEIR_CODE, PRESET_ORIGINS, PRESETS, preset
+from lightningrl.advantages.presets import COMPARED, FROM_READING_THEIR_CODE, PRESET_ORIGINS, PRESETS, preset
 from lightningrl.normalize import group_normalize
 from lightningrl.table import Credit, Evidence
 from tests.batches import make_rollout, make_table
@@ -50,7 +50,7 @@ def test_every_preset_fits_both_functions_and_says_where_it_is_from():
     assert PRESETS.keys() == PRESET_ORIGINS.keys() == {"verl", "trl", "tunix", "areal", "skyrl", "art"}
     table = make_table(make_rollout("a", 1.0), make_rollout("a", 0.0))
     for name, settings in PRESETS.items():
-        assert PRESET_ORIGINS[name].startswith(FROM_READING_THEIR_CODE)
+        assert PRESET_ORIGINS[name].startswith(COMPARED if name in ("verl", "trl") else FROM_READING_THEIR_CODE)
         for function in (group_norm, group_normalize):
             assert settings.keys() <= inspect.signature(function).parameters.keys()
         out = group_norm(table, Credit(value=table.outcome[:, 0], kind="return"), Evidence(), **settings)

@@ -155,7 +155,7 @@ def test_the_test_script_runs_style_types_and_tests_in_this_order(checkout: Chec
     assert checkout.run("scripts/test.sh", *arguments).returncode == 0
     ran = [call for call in checkout.calls("-m") if not call.startswith(("-m venv", "-m pip"))]
     assert ran[:3] == ["-m ruff check .", "-m ruff format --check .", "-m mypy lightningrl experiments"]
-    assert len(ran) == 4 and ran[3].startswith("-m pytest ") and ran[3].endswith(f"--dist=loadfile{selection}")
+    assert len(ran) == 4 and ran[3].startswith("-m pytest ") and ran[3].endswith(f"--dist=loadfile --no-loadscope-reorder{selection}")
 
 
 def test_the_test_script_fails_where_a_step_fails(checkout: Checkout) -> None:
@@ -165,7 +165,7 @@ def test_the_test_script_fails_where_a_step_fails(checkout: Checkout) -> None:
 
 def test_ci_runs_the_test_script(checkout: Checkout) -> None:
     assert checkout.run(".ci/run").returncode == 0
-    assert checkout.calls("-m pytest")[0].endswith("--dist=loadfile")
+    assert checkout.calls("-m pytest")[0].endswith("--dist=loadfile --no-loadscope-reorder")
 
 
 def test_pins_are_names_and_versions_only() -> None:
