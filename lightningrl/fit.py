@@ -89,7 +89,7 @@ def fit(
     data_hash = data_hash or tasks_hash(tasks)
     if not same_manifest(out, config, data_hash):
         shutil.rmtree(out / "start", ignore_errors=True)  # of a run that ended before it began
-    policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.has_critic, mesh=mesh)
+    policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.critic_target is not None, mesh=mesh)
     # Only now, so that settings that were refused are not those of a run that has to be gone on with.
     write_manifest(out, config, data_hash)
 

@@ -50,7 +50,7 @@ class Recipe:
     entropy_coef: float = 0.0
     value_target: ValueTargetFn | None = None  # f32[N], what a turn critic learns; None for none
     token_value_target: SpreadFn | None = None  # f32[E], what a token critic learns; None for none
-    value_loss: LossFn = losses.value_loss
+    value_loss: LossFn = losses.value_loss  # (LossInputs, *, states)
     value_aggregation: AggregationFn = losses.token_mean  # under the mask of the states that the value loss keeps
     value_coef: float = 0.0
 
@@ -63,13 +63,18 @@ class Recipe:
             raise ValueError(f"Recipe {self.name!r} must set both kl and kl_coef, or neither.")
         if self.value_target is not None and self.token_value_target is not None:
             raise ValueError(f"Recipe {self.name!r} has a turn critic and a token critic: the policy has one value head.")
-        if self.has_critic != (self.value_coef != 0.0):
+        if (self.critic_target is None) != (self.value_coef == 0.0):
             raise ValueError(f"Recipe {self.name!r} must set both value_target and value_coef, or neither.")
 
     @property
-    def has_critic(self) -> bool:
-        """Whether the policy needs a value head."""
-        return self.value_target is not None or self.token_value_target is not None
+    def critic_target(self) -> ValueTargetFn | SpreadFn | None:
+        """What a critic of either kind learns; None where the policy needs no value head."""
+        return self.value_target or self.token_value_target
+
+    @property
+    def critic_states(self) -> losses.States:
+        """What the critic values the states before."""
+        return "calls" if self.token_value_target is None else "tokens"
 
 
 _LIGHTNINGRL = Recipe(
@@ -95,6 +100,19 @@ _PAPER = Recipe(
 
 def _like(recipe: Recipe, name: str, arxiv: str, use_when: str, **changes: Any) -> Recipe:
     return dataclasses.replace(recipe, name=name, arxiv=arxiv, use_when=use_when, **changes)
+
+
+_TOKEN_PPO = _like(
+    _LIGHTNINGRL,
+    "token_ppo",
+    "1707.06347, 1506.02438",
+    "answers are long and a critic can learn where they go wrong: PPO as it is used for chat models, a value for each token",
+    advantage=advantages.unchanged,
+    spread=functools.partial(advantages.token_gae, gamma=1.0, lambda_=0.95),
+    needs=("token_value",),
+    token_value_target=functools.partial(advantages.token_lambda_return, gamma=1.0, lambda_=0.95),
+    value_coef=0.5,
+)
 
 
 # How credit is assigned.
@@ -154,29 +172,14 @@ _CREDITS = (
         value_target=functools.partial(credit.gae_value_target, gamma=0.99, lambda_=0.9),
         value_coef=0.5,
     ),
+    _TOKEN_PPO,
     _like(
-        _LIGHTNINGRL,
-        "token_ppo",
-        "1707.06347, 1506.02438",
-        "answers are long and a critic can learn where they go wrong: PPO as it is used for chat models, a value for each token",
-        advantage=advantages.unchanged,
-        spread=functools.partial(advantages.token_gae, gamma=1.0, lambda_=0.95),
-        needs=("token_value",),
-        token_value_target=functools.partial(advantages.token_lambda_return, gamma=1.0, lambda_=0.95),
-        value_loss=functools.partial(losses.value_loss, states="tokens"),
-        value_coef=0.5,
-    ),
-    _like(
-        _LIGHTNINGRL,
+        _TOKEN_PPO,
         "bi_level_gae",
         "2504.20073, 2510.16907",
         "as token_ppo, with many turns: rewards are discounted over turns, and not over the tokens between them",
-        advantage=advantages.unchanged,
         spread=functools.partial(advantages.bi_level_gae, turn_gamma=0.95, turn_lambda=1.0),
-        needs=("token_value",),
         token_value_target=functools.partial(advantages.bi_level_value_target, turn_gamma=0.95, turn_lambda=1.0),
-        value_loss=functools.partial(losses.value_loss, states="tokens"),
-        value_coef=0.5,
     ),
 )
 
@@ -265,8 +268,8 @@ _LOSSES = (
         "clip_cov",
         "2505.22617",
         "entropy collapses: some of the tokens that make it fall are left out",
-        loss=functools.partial(losses.clip_cov, clip_low=0.2, clip_high=0.2),
-        select=functools.partial(losses.clip_cov_selection, clip_low=0.2, clip_high=0.2),
+        loss=losses.clip_cov,
+        select=losses.clip_cov_selection,
         aggregation=losses.token_mean,
     ),
     _like(
@@ -326,9 +329,8 @@ def table_text() -> str:
             "aggregation": describe(recipe.aggregation),
             "needs": ", ".join(recipe.needs) or "nothing but the rollouts",
         }
-        target = recipe.value_target or recipe.token_value_target
-        if target is not None:
-            lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(target)}"
+        if recipe.critic_target is not None:
+            lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(recipe.critic_target)}"
         body = "\n".join(textwrap.fill(text, 100, initial_indent=f"  {key:<13}", subsequent_indent=" " * 15) for key, text in lines.items())
         paragraphs.append(f"{recipe.name}  (arXiv {recipe.arxiv})\n{body}")
     return "\n\n".join(paragraphs)

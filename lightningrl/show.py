@@ -9,14 +9,12 @@ Credit is relative to the group, so that all rollouts of the iteration are read 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
 import json
 import shutil
 import signal
-import sqlite3
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +27,7 @@ import numpy as np
 from lightningrl.advantages import broadcast
 from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.recipes import Recipe, describe, get_recipe
-from lightningrl.runtime.store import Store
+from lightningrl.runtime.store import Place, Store
 from lightningrl.table import Array, Credit, CreditKind, Evidence, TransitionTable
 from lightningrl.tabulate import table_from_rollouts, trained_rollouts
 from lightningrl.types import Rollout, Transition
@@ -40,14 +38,6 @@ LABEL = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a rollout stands in a run."""
-
-    phase: str
-    iteration: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Verdict:
     """What a recipe gives the calls of one rollout, in order of their turns."""
 
@@ -55,16 +45,6 @@ class Verdict:
     kind: CreditKind
     credit: np.ndarray  # float32 [calls]
     advantage: np.ndarray  # float32 [calls]
-
-
-def places(path: Path) -> dict[str, Place]:
-    """Every rollout's id and place, in order of iterations; the file is only read."""
-    query = 'SELECT id, phase, iteration FROM rollouts ORDER BY iteration, phase, "group", sample, id'
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30.0)) as db:
-            return {id_: Place(phase, iteration) for id_, phase, iteration in db.execute(query)}
-    except sqlite3.Error as error:
-        raise UserError(f"{path} cannot be read as a store of rollouts ({error}): give the folder of a run") from error
 
 
 def latest(where: Mapping[str, Place]) -> Place:
@@ -227,14 +207,14 @@ def show(run: Path, rollout_id: str | None, names: Sequence[str]) -> Iterator[st
         raise UserError(f"{run} has no rollouts.sqlite: give the folder of a run, which has one as soon as an agent has run")
     with settings_of_a_person():
         recipes = [get_recipe(name) for name in (names or [run_recipe(run)])]
-    where = places(path)
-    if not where:
-        raise UserError(f"{path} has no rollouts yet: wait for the first one to end")
-    if rollout_id is not None and rollout_id not in where:
-        near = difflib.get_close_matches(rollout_id, where, n=3, cutoff=0.3)
-        raise UserError(f"{run} has no rollout {rollout_id!r}; near it: {', '.join(near) or next(reversed(where))}")
-    place = latest(where) if rollout_id is None else where[rollout_id]
     with Store(path) as store:
+        where = store.places()
+        if not where:
+            raise UserError(f"{path} has no rollouts yet: wait for the first one to end")
+        if rollout_id is not None and rollout_id not in where:
+            near = difflib.get_close_matches(rollout_id, where, n=3, cutoff=0.3)
+            raise UserError(f"{run} has no rollout {rollout_id!r}; near it: {', '.join(near) or next(reversed(where))}")
+        place = latest(where) if rollout_id is None else where[rollout_id]
         rollouts = store.read(place.phase, place.iteration)
     if rollout_id is None:
         yield from list_lines(rollouts, place, run)

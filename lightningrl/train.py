@@ -16,6 +16,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
@@ -86,11 +87,12 @@ def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTab
     hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end)
     at_nodes = hidden.reshape(-1, hidden.shape[-1])[edges.node]  # [E, D]: logits of action tokens only
     logp = jax.nn.log_softmax(decoder.logits(params, config, at_nodes) / edges.temperature[:, None], axis=-1)
+    p = jnp.exp(logp)
     return Scores(
         logp=jnp.take_along_axis(logp, edges.token[:, None], axis=-1)[:, 0],
-        entropy=-jnp.sum(jnp.exp(logp) * logp, axis=-1),
+        entropy=-jnp.sum(p * logp, axis=-1),
         value=decoder.values(params, at_nodes),
-        sum_pi2=jnp.sum(jnp.exp(2.0 * logp), axis=-1),
+        sum_pi2=jnp.sum(p * p, axis=-1),
     )
 
 
@@ -171,7 +173,7 @@ class TrainStep:
     def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:
         """Of each aggregation, from masks alone: they do not depend on the policy."""
         tokens, zeros = edges.tokens, jnp.zeros(jnp.shape(edges.tokens.mask), jnp.float32)
-        states = tokens.mask if self.recipe.token_value_target is not None else jnp.logical_and(tokens.mask, tokens.k == 0)
+        states = value_states(tokens, self.recipe.critic_states)
         return {
             "policy": self.recipe.aggregation(zeros, tokens.mask, edges.counts)[1],
             "value": self.recipe.value_aggregation(zeros, states, edges.counts)[1],
@@ -194,8 +196,8 @@ class TrainStep:
         if r.kl is not None:
             pairs["kl"] = r.aggregation(r.kl(inputs), tokens.mask, counts)
             objective += r.kl_coef * safe_divide(pairs["kl"][0], denominators["policy"])
-        if r.has_critic:
-            value_loss, states, value_metrics = r.value_loss(inputs)
+        if r.critic_target is not None:
+            value_loss, states, value_metrics = r.value_loss(inputs, states=r.critic_states)
             pairs["value_loss"] = r.value_aggregation(value_loss, states, counts)
             objective += r.value_coef * safe_divide(pairs["value_loss"][0], denominators["value"])
             metrics = metrics | value_metrics

@@ -109,9 +109,8 @@ def recipe_table() -> str:
             loss += f", of what {code(recipe.select)} says of the whole batch"
         if recipe.kl is not None:
             loss += f" + {recipe.kl_coef} {code(recipe.kl)}"
-        target = recipe.value_target or recipe.token_value_target
-        if target is not None:
-            loss += f" + {recipe.value_coef} {code(recipe.value_loss)} towards {code(target)}"
+        if recipe.critic_target is not None:
+            loss += f" + {recipe.value_coef} {code(recipe.value_loss)} towards {code(recipe.critic_target)}"
         if recipe.entropy_coef:
             loss += f" - {recipe.entropy_coef} entropy"
         needs = ", ".join(f"`{need}`" for need in recipe.needs)

@@ -176,7 +176,7 @@ def test_mistakes_get_one_sentence(run, tmp_path, capsys):
     (run / "manifest.json").write_text("{}")
     assert "is not the manifest of a run" in refused(capsys, run)
     (run / "rollouts.sqlite").write_text("this is no database, only a text that is long enough")
-    assert "cannot be read as a store of rollouts" in refused(capsys, run, "--recipe=lightningrl")
+    assert "is not a store of rollouts" in refused(capsys, run, "--recipe=lightningrl")
 
 
 def test_a_store_that_nothing_was_written_to(tmp_path, capsys):

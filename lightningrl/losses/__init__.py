@@ -26,10 +26,11 @@ from lightningrl.losses.metrics import Metrics, metric_means
 from lightningrl.losses.policy import ppo_clip
 from lightningrl.losses.sequence import gmpo, gspo, gspo_token, luspo, vespo
 from lightningrl.losses.soft import cispo, decoupled_ppo, dro, gpg, sapo
-from lightningrl.losses.value import value_loss
+from lightningrl.losses.value import States, value_loss, value_states
 
 __all__ = [
     "Metrics",
+    "States",
     "batch_normalised",
     "cispo",
     "clip_cov",
@@ -71,5 +72,6 @@ __all__ = [
     "token_mean",
     "token_truncation",
     "value_loss",
+    "value_states",
     "vespo",
 ]

@@ -9,9 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from lightningrl.losses.metrics import Metrics, metric_means
-from lightningrl.table import Array, LossInputs
+from lightningrl.table import Array, LossInputs, TokenTable
 
 States = Literal["calls", "tokens"]
+
+
+def value_states(tokens: TokenTable, states: States) -> jax.Array:
+    """bool[E]: the edges before which stands a state that the critic values: those of the mask, with "calls" the first of each call.
+
+    Raises:
+      ValueError: unknown states.
+    """
+    if states not in get_args(States):
+        raise ValueError(f"The value loss has no states {states!r}: choose one of {', '.join(get_args(States))}.")
+    return jnp.logical_and(tokens.mask, (tokens.k == 0) | (states == "tokens"))
 
 
 def value_loss(inputs: LossInputs, *, clip: float | None = 0.2, states: States = "calls") -> tuple[Array, Array, Metrics]:
@@ -36,9 +47,7 @@ def value_loss(inputs: LossInputs, *, clip: float | None = 0.2, states: States =
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"The value loss's clip is {clip}: it must be positive, or None for no clipping.")
-    if states not in get_args(States):
-        raise ValueError(f"The value loss has no states {states!r}: choose one of {', '.join(get_args(States))}.")
-    keep = jnp.logical_and(inputs.tokens.mask, (inputs.tokens.k == 0) | (states == "tokens"))
+    keep = value_states(inputs.tokens, states)
     chex.assert_equal_shape([inputs.value, inputs.old_value, inputs.value_target, keep])
     value = jnp.where(keep, inputs.value, 0.0)
     old = jax.lax.stop_gradient(jnp.where(keep, inputs.old_value, 0.0))

@@ -54,6 +54,14 @@ class LogEntry:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a rollout stands in a run."""
+
+    phase: str
+    iteration: int
+
+
 class Store:
     """A SQLite file of rollouts, in write-ahead mode; safe from several threads, readable by other processes meanwhile.
 
@@ -131,6 +139,12 @@ class Store:
         query = f'SELECT id FROM rollouts WHERE {chosen} ORDER BY "group", sample, id'
         with self._lock:
             return [id_ for (id_,) in self._db.execute(query, (phase, iteration, status, status))]
+
+    def places(self) -> dict[str, Place]:
+        """Every rollout's id and place, by iteration, phase, group and sample."""
+        query = 'SELECT id, phase, iteration FROM rollouts ORDER BY iteration, phase, "group", sample, id'
+        with self._lock:
+            return {id_: Place(phase, iteration) for id_, phase, iteration in self._db.execute(query)}
 
     def read(self, phase: str, iteration: int) -> list[Rollout]:
         """An iteration's rollouts, whatever their status, by group and sample."""

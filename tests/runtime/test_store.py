@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lightningrl.errors import UserError
 from lightningrl.runtime import LogEntry, Store
+from lightningrl.runtime.store import Place
 from lightningrl.types import Rollout, Task, Transition
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -132,6 +133,13 @@ def test_reading_is_by_phase_and_iteration_in_order_of_group_and_sample(store: S
     assert store.ids("train", 1) == ["a/5", "b/0", "b/2", "b/10"] == [each.id for each in store.read("train", 1)]
     assert store.ids("train", 1, "ok") == ["b/0", "b/2", "b/10"]
     assert store.ids("train", 1, "timed_out") == [] == store.read("train", 7)
+
+
+def test_places_are_in_order_of_iterations(store: Store) -> None:
+    for id_, phase, iteration, group in (("d", "train", 2, "a"), ("c", "train", 1, "b"), ("b", "train", 1, "a"), ("a", "heldout", 2, "a")):
+        store.write(rollout(id_, group=group), phase, iteration)
+    expected = {"b": Place("train", 1), "c": Place("train", 1), "a": Place("heldout", 2), "d": Place("train", 2)}
+    assert list(store.places().items()) == list(expected.items())
 
 
 def test_writing_an_id_again_replaces_all_of_it(store: Store) -> None:
