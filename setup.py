@@ -9,8 +9,10 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "lightningrl/__init__.py").read_text("utf-8"), re.M).group(1)
 
 AGENTS = ["langgraph", "langchain-openai", "openai"]
+NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
     *AGENTS,
+    *NOTEBOOKS,  # run by the tests
     # Other frameworks that the gateway is tested against. Without an exact version pip takes autogen's placeholder release.
     "openai-agents",
     "autogen-agentchat==0.7.5",
@@ -54,7 +56,7 @@ setup(
     extras_require={
         "agents": AGENTS,
         "test": TEST,
-        "notebooks": ["ipykernel", "nbclient", "nbformat"],
+        "notebooks": NOTEBOOKS,
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
     },

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from lightningrl.losses import count_units
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
-from lightningrl.recipes import Recipe
+from lightningrl.recipe import Recipe
 from lightningrl.table import Array, Evidence, TokenTable, TransitionTable, UnitCounts
 from lightningrl.train import EdgeBatch, Scores, TrainStep
 from lightningrl.types import Rollout
 
+OF_TOKENS = ("prm_logp", "prm_ref_logp")  # fields of Evidence that producers fill for every token of every response
 EDGE_BATCH_MULTIPLE = 8  # edge tables are padded to multiples of this many micro-batches, so that few shapes are compiled
 
 
@@ -81,13 +82,21 @@ def _on_edges(
     recipe: Recipe, table: TransitionTable, edges: TokenTable, scores: Scores, advantage: Array, value_target: Array, evidence: Evidence
 ) -> tuple[Array, Array, UnitCounts]:
     shape, flat = edges.mask.shape, jax.tree.map(jnp.ravel, edges)
-    evidence = token_evidence(recipe.needs, scores, evidence)
+    evidence = token_evidence(recipe.needs, scores, at_edges(table, flat, evidence))
     spread = recipe.spread(table, flat, advantage, evidence).reshape(shape)
     if recipe.token_value_target is not None:
         target = recipe.token_value_target(table, flat, advantage, evidence).reshape(shape)
     else:
         target = value_target[edges.transition]
     return spread, target, count_units(table, edges)
+
+
+def at_edges(table: TransitionTable, tokens: TokenTable, evidence: Evidence) -> Evidence:
+    """With what producers said of tokens, flat over the responses of the table's transitions in order, gathered to the edges."""
+    lengths = jnp.where(table.valid, table.num_tokens, 0)
+    place = (jnp.cumsum(lengths) - lengths)[tokens.transition] + tokens.k
+    given = {name: getattr(evidence, name) for name in OF_TOKENS}
+    return dataclasses.replace(evidence, **{name: jnp.asarray(value)[place] for name, value in given.items() if value is not None})
 
 
 def token_evidence(needs: Sequence[str], scores: Scores, evidence: Evidence) -> Evidence:

@@ -32,6 +32,11 @@ class FitConfig:
     tasks_per_iteration: int = setting(24, "tasks drawn per iteration")
     rollouts_per_task: int = setting(8, "runs of the agent per task")
     updates_per_iteration: int = setting(3, "optimizer steps per iteration; a task's rollouts stay in one")
+    branches_per_call: int = setting(4, "rollouts started before every call, for recipes that need the value of states so")
+    judge: str | None = setting(None, "for recipes with a judge: a function of a task's rollouts, as package.module:function")
+    judge_model: str | None = setting(None, "instead: a model that judges, behind any OpenAI endpoint; its key is OPENAI_API_KEY")
+    judge_url: str | None = setting(None, "base_url of that endpoint", free=True)
+    potential: str | None = setting(None, "for recipes with a potential: a function of a rollout, as package.module:function")
     learning_rate: float = setting(5e-4, "AdamW's learning rate")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
@@ -78,6 +83,7 @@ AT_LEAST_ONE = (
     "tasks_per_iteration",
     "rollouts_per_task",
     "updates_per_iteration",
+    "branches_per_call",
     "max_tokens",
     "eval_every",
     "concurrency",

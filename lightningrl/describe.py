@@ -13,6 +13,8 @@ from lightningrl.packing.rows import PackedBatch
 from lightningrl.train import Scores
 from lightningrl.types import Rollout
 
+STAGES = ("agent", "sample", "pack", "evidence", "credit", "train", "sync", "eval")
+
 
 class Clock:
     """Seconds by name."""
@@ -59,7 +61,7 @@ def describe_gap(batches: Sequence[PackedBatch], scores: Sequence[Scores]) -> di
 
 def describe_time(clock: Clock, metrics: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of every stage, and tokens per second of those that have tokens."""
-    times = {f"{name}_seconds": clock.seconds.get(name, 0.0) for name in ("agent", "sample", "credit", "pack", "train", "sync", "eval")}
+    times = {f"{name}_seconds": clock.seconds.get(name, 0.0) for name in STAGES}
     rates = {
         "sampled_tokens_per_second": (metrics.get("response_tokens", 0), clock.seconds.get("sample", 0.0)),
         "read_tokens_per_second": (metrics.get("prompt_tokens", 0), clock.seconds.get("sample", 0.0)),

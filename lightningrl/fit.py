@@ -24,11 +24,13 @@ from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.config import FitConfig, cache_folder, same_run, setting
 from lightningrl.errors import UserError, settings_of_a_person
+from lightningrl.evidence.producer import arrays, first_aux
 from lightningrl.gateway import Gateway, GatewaySettings, SamplingOverrides
-from lightningrl.loop import LoopSettings, Run, dataclass_dict, train
+from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree, train
 from lightningrl.manifest import manifest
 from lightningrl.metrics import MetricsLog, plot_rewards
 from lightningrl.policy import Policy, save_policy
+from lightningrl.producers import Sources, make_producers
 from lightningrl.progress import Progress
 from lightningrl.recipes import get_recipe
 from lightningrl.runtime.agents import load_function, load_tasks
@@ -97,12 +99,14 @@ def fit(
         OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     )
     step = TrainStep(policy.config, recipe, optimizer, mesh, config.seed)
-    state = step.init(policy.params)
+    producers = make_producers(Sources(recipe, config, policy, step, row_settings(config), TABLE_MULTIPLE))
+    state, aux = step.init(policy.params), first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
     log = MetricsLog(out)
     done = -1
     if (latest := checkpoints.latest()) is not None:
-        tree, host = checkpoints.restore(latest, dataclass_dict(state))
+        tree, host = checkpoints.restore(latest, checkpoint_tree(state, arrays(producers, aux)))
+        aux = host["evidence"] | tree.pop("evidence", {})
         state, done = TrainState(**tree), int(host["iteration"])
     log.truncate_after(done)
 
@@ -139,13 +143,14 @@ def fit(
                 tasks=tasks,
                 heldout=heldout or {},
                 reference=policy.params if recipe.kl is not None else None,
+                producers=producers,
                 alter=alter,
                 log=log,
                 checkpoints=checkpoints,
                 on_rollout=progress.on_rollout,
                 on_iteration=progress.on_iteration,
             )
-            state = train(run, state, done)
+            state = train(run, state, aux, done)
         finally:
             gateway.stop()
             store.close()

@@ -1,6 +1,6 @@
 """The loop: agents run, calls earn credit, the policy improves, agents run again.
 
-collect ─► table ─► pack ─► score ─► evidence ─► credit ─► advantage ─► spread ─► update ─► sync ─► evaluate ─► record
+collect ─► branch ─► table ─► pack ─► score ─► evidence ─► credit ─► advantage ─► spread ─► update ─► sync ─► evaluate ─► record
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from lightningrl.batches import edge_batch, pack_updates, score
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_time
 from lightningrl.errors import UserError
+from lightningrl.evidence.branches import branch_requests, describe_branches, random_calls
 from lightningrl.evidence.critic import turn_values
+from lightningrl.evidence.producer import Producer, arrays, numbers, produce_evidence
 from lightningrl.gateway import SamplingOverrides
 from lightningrl.metrics import MetricsLog
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import RowSettings
-from lightningrl.recipes import Recipe
-from lightningrl.runtime.runner import RolloutRequest, Runner
+from lightningrl.recipe import Recipe
+from lightningrl.runtime.runner import Runner
 from lightningrl.sampler.engine import PolicySampler
 from lightningrl.sharding import batch_multiple
 from lightningrl.table import Array, Evidence, TransitionTable
-from lightningrl.tabulate import table_from_rollouts, trained_rollouts
+from lightningrl.tabulate import table_size, trained_rollouts
+from lightningrl.tabulate_tree import own_calls, table_from_branched_rollouts
 from lightningrl.train import TrainState, TrainStep
-from lightningrl.types import Rollout, Task
+from lightningrl.types import Rollout, RolloutRequest, Task
 
 TABLE_MULTIPLE = 256  # tables are padded to multiples of this, so that few shapes are compiled
 
@@ -59,6 +62,7 @@ class Run:
     tasks: Sequence[Task]
     heldout: Mapping[str, Sequence[Task]]  # by the name its reward has in the metrics
     reference: Params | None  # for the KL term of a recipe that has one
+    producers: Sequence[Producer]  # of the evidence that the recipe needs
     alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]]  # between collecting and learning; identity but in controls
     log: MetricsLog
     checkpoints: Checkpoints
@@ -66,8 +70,8 @@ class Run:
     on_iteration: Callable[[Mapping[str, Any]], None]
 
 
-def train(run: Run, state: TrainState, done: int) -> TrainState:
-    """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are."""
+def train(run: Run, state: TrainState, aux: dict[str, Any], done: int) -> TrainState:
+    """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are; `aux` is the producers' state."""
     sync(run, state, max(done, 0))  # a resumed run samples from the weights it was stopped with
     for iteration in range(done + 1, run.settings.iterations + 1):
         clock = Clock()
@@ -75,7 +79,9 @@ def train(run: Run, state: TrainState, done: int) -> TrainState:
         if iteration > 0:
             rollouts = collect(run, iteration, clock)
             metrics |= describe_rollouts(rollouts)
-            state, learned = learn(run, state, run.alter(rollouts, iteration), clock)
+            branches = branch(run, iteration, rollouts, clock)
+            metrics |= describe_branches(rollouts, branches) if run.step.recipe.branches else {}
+            state, aux, learned = learn(run, state, aux, run.alter([*rollouts, *branches], iteration), iteration, clock)
             metrics |= learned
         with clock("sync"):
             sync(run, state, iteration)
@@ -84,7 +90,8 @@ def train(run: Run, state: TrainState, done: int) -> TrainState:
                 metrics |= evaluate(run, iteration)
         metrics |= describe_time(clock, metrics)
         run.log.append(iteration, metrics)
-        run.checkpoints.save(iteration, dataclass_dict(state), {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration)})
+        host = {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration), "evidence": numbers(run.producers, aux)}
+        run.checkpoints.save(iteration, checkpoint_tree(state, arrays(run.producers, aux)), host)
         run.on_iteration({"iteration": iteration, **metrics})
     return state
 
@@ -102,37 +109,62 @@ def collect(run: Run, iteration: int, clock: Clock) -> list[Rollout]:
         for task in tasks_of(run, iteration)
         for sample in range(s.rollouts_per_task)
     ]
+    return run_agents(run, iteration, requests, phase="train", clock=clock)
+
+
+def branch(run: Run, iteration: int, rollouts: Sequence[Rollout], clock: Clock) -> Sequence[Rollout]:
+    """Starts rollouts anew in the middle, where the recipe trains on what they come to."""
+    wanted = run.step.recipe.branches
+    if wanted is None:
+        return []
+    points = functools.partial(random_calls, count=wanted.points)
+    requests = branch_requests(rollouts, per_point=wanted.width, points=points, seed=(run.settings.seed, iteration))
+    return run_agents(run, iteration, requests, phase="branch", clock=clock)
+
+
+def run_agents(
+    run: Run,
+    iteration: int,
+    requests: Sequence[RolloutRequest],
+    *,
+    phase: str,
+    clock: Clock,
+    temperature: float | None = None,
+) -> list[Rollout]:
+    """Their rollouts, in order; at the temperature of training, unless there is another, and then no call is for training."""
+    sampling = run.settings.sampling
     busy = run.sampler.busy_seconds
     with clock("agent"):
         rollouts = run.runner.run(
             requests,
-            phase="train",
+            phase=phase,
             iteration=iteration,
-            seed=s.seed,
-            train_roles=s.train_roles,
-            sampling=s.sampling,
-            on_rollout=functools.partial(run.on_rollout, "train", len(requests)),
+            seed=run.settings.seed,
+            train_roles=run.settings.train_roles if temperature is None else (),
+            sampling=sampling if temperature is None else dataclasses.replace(sampling, temperature=temperature),
+            on_rollout=functools.partial(run.on_rollout, phase, len(requests)),
         )
-    clock.seconds["sample"] = run.sampler.busy_seconds - busy
-    clock.seconds["agent"] -= clock.seconds["sample"]
+    sampled = run.sampler.busy_seconds - busy
+    clock.seconds["sample"] = clock.seconds.get("sample", 0.0) + sampled
+    clock.seconds["agent"] -= sampled
     return rollouts
 
 
-def learn(run: Run, state: TrainState, rollouts: Sequence[Rollout], clock: Clock) -> tuple[TrainState, dict[str, float]]:
+def learn(
+    run: Run, state: TrainState, aux: dict[str, Any], rollouts: Sequence[Rollout], iteration: int, clock: Clock
+) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
     """From rollouts to an updated policy."""
-    used = trained_rollouts(rollouts)
-    count = sum(len(r.transitions) for r in used)
-    table = table_from_rollouts(rollouts, size=max(TABLE_MULTIPLE, -(-count // TABLE_MULTIPLE) * TABLE_MULTIPLE))
-    if not table.trainable.any():
-        error = next((r.error for r in rollouts if r.error), "no call of a trained role was made")
-        raise UserError(f"there is nothing to learn from: {error.strip().splitlines()[-1]}")
+    used = trained_rollouts(own_calls(rollouts))
+    table = tabulate(rollouts, used)
     with clock("pack"):
         batches = pack_updates(used, table, run.settings.updates_per_iteration, run.rows, batch_multiple(run.step.mesh))
     with clock("train"):
         batches, scores = score(run.step, state.params, run.reference, batches)
+    with clock("evidence"):
+        evidence, aux = gather_evidence(run, state, aux, used, iteration)
     with clock("credit"):
         values = [turn_values(table, b.edges, s.value) for b, s in zip(batches, scores, strict=True)]
-        evidence = Evidence(value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
+        evidence = dataclasses.replace(evidence, value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
         advantage, value_target = assign(run.step.recipe, table, evidence)
         edges = [
             edge_batch(run.step.recipe, table, b.edges, s, advantage, value_target, evidence) for b, s in zip(batches, scores, strict=True)
@@ -146,7 +178,28 @@ def learn(run: Run, state: TrainState, rollouts: Sequence[Rollout], clock: Clock
     learned["reuse_ratio"] = sum(b.row_tokens for b in batches) / sum(b.computed_tokens for b in batches)
     learned["trained_tokens"] = sum(b.computed_tokens for b in batches)
     learned["advantage_zero_fraction"] = float(np.mean(np.asarray(advantage)[table.valid] == 0))
-    return state, learned
+    learned |= {f"{name}/{key}": n for name, kept in numbers(run.producers, aux).items() for key, n in kept.items()}
+    return state, aux, learned
+
+
+def tabulate(rollouts: Sequence[Rollout], used: Sequence[Rollout]) -> TransitionTable:
+    """The table of the calls that `used` sampled; the pairs of its tree are of all rollouts through each."""
+    size = table_size(sum(len(r.transitions) for r in used), TABLE_MULTIPLE)
+    pairs = max(size, table_size(sum(len(r.transitions) for r in trained_rollouts(rollouts)), TABLE_MULTIPLE))
+    table = table_from_branched_rollouts(rollouts, size=size, pairs=pairs)
+    if not table.trainable.any():
+        error = next((r.error for r in rollouts if r.error), "no call of a trained role was made")
+        raise UserError(f"there is nothing to learn from: {error.strip().splitlines()[-1]}")
+    return table
+
+
+def gather_evidence(
+    run: Run, state: TrainState, aux: dict[str, Any], used: Sequence[Rollout], iteration: int
+) -> tuple[Evidence, dict[str, Any]]:
+    """What the recipe's producers say, of the policy that sampled; agents that they run are on the clock of evidence."""
+    key = jax.random.fold_in(jax.random.key(run.settings.seed), iteration)
+    run_more = functools.partial(run_agents, run, iteration, clock=Clock())
+    return produce_evidence(run.producers, state.params, aux, used, key, run=run_more)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -162,15 +215,7 @@ def evaluate(run: Run, iteration: int) -> dict[str, float]:
     rewards = {}
     for name, tasks in run.heldout.items():
         requests = [RolloutRequest(f"{name}/{iteration}/{t.id}/0", t, f"{name}/{iteration}/{t.id}", 0) for t in tasks]
-        rollouts = run.runner.run(
-            requests,
-            phase=name,
-            iteration=iteration,
-            seed=run.settings.seed,
-            train_roles=(),
-            sampling=dataclasses.replace(run.settings.sampling, temperature=0.0),
-            on_rollout=functools.partial(run.on_rollout, name, len(requests)),
-        )
+        rollouts = run_agents(run, iteration, requests, phase=name, clock=Clock(), temperature=0.0)
         rewards[f"{name}_reward"] = float(np.mean([r.reward if r.status == "ok" else 0.0 for r in rollouts]))
         rewards[f"{name}_failed"] = sum(r.status != "ok" for r in rollouts)
     return rewards
@@ -189,6 +234,7 @@ def tasks_seen(run: Run, iteration: int) -> int:
     return iteration * min(run.settings.tasks_per_iteration, len(run.tasks))
 
 
-def dataclass_dict(state: TrainState) -> dict[str, Any]:
-    """The train state as the plain tree that is checkpointed."""
-    return {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+def checkpoint_tree(state: TrainState, evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """The train state and the producers' arrays as the plain tree that is checkpointed."""
+    tree = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+    return tree | ({"evidence": dict(evidence)} if evidence else {})

@@ -9,72 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import signal
-import textwrap
-from collections.abc import Callable
 from typing import Any
 
 from lightningrl import advantages, credit, losses
-from lightningrl.losses.aggregation import Aggregate
-from lightningrl.losses.metrics import Metrics
-from lightningrl.table import Array, Credit, Evidence, LossInputs, TokenTable, TransitionTable, UnitCounts
-
-CreditFn = Callable[[TransitionTable, Evidence], Credit]
-AdvantageFn = Callable[[TransitionTable, Credit, Evidence], Array]
-SpreadFn = Callable[[TransitionTable, TokenTable, Array, Evidence], Array]
-LossFn = Callable[..., tuple[Array, Array, Metrics]]  # (LossInputs), and `selected` of a recipe with a `select`
-SelectFn = Callable[..., Array]  # (LossInputs, *, key)
-AggregationFn = Callable[[Array, Array, UnitCounts], Aggregate]
-KlFn = Callable[[LossInputs], Array]
-ValueTargetFn = Callable[[TransitionTable, Evidence], Array]
+from lightningrl.recipe import Branches, Recipe, paragraph
 
 _clip = functools.partial(losses.ppo_clip, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One algorithm. The objective is aggregation(loss) + kl_coef · aggregation(kl) - entropy_coef · aggregation(entropy)
-    + value_coef · value_aggregation(value_loss), each sum divided by its own denominator."""
-
-    name: str
-    arxiv: str
-    use_when: str
-    credit: CreditFn
-    advantage: AdvantageFn
-    loss: LossFn
-    aggregation: AggregationFn
-    spread: SpreadFn = advantages.broadcast
-    select: SelectFn | None = None  # bool of the edges' shape, for a loss of batch scope: without gradient, from the whole batch
-    needs: tuple[str, ...] = ()  # fields of Evidence that must be filled
-    kl: KlFn | None = None  # needs a reference policy
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    value_target: ValueTargetFn | None = None  # f32[N], what a turn critic learns; None for none
-    token_value_target: SpreadFn | None = None  # f32[E], what a token critic learns; None for none
-    value_loss: LossFn = losses.value_loss  # (LossInputs, *, states)
-    value_aggregation: AggregationFn = losses.token_mean  # under the mask of the states that the value loss keeps
-    value_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        fields = [field.name for field in dataclasses.fields(Evidence)]
-        for need in self.needs:
-            if need not in fields:
-                raise ValueError(f"Recipe {self.name!r} needs {need!r}, which is no field of Evidence: {', '.join(fields)}.")
-        if (self.kl is None) != (self.kl_coef == 0.0):
-            raise ValueError(f"Recipe {self.name!r} must set both kl and kl_coef, or neither.")
-        if self.value_target is not None and self.token_value_target is not None:
-            raise ValueError(f"Recipe {self.name!r} has a turn critic and a token critic: the policy has one value head.")
-        if (self.critic_target is None) != (self.value_coef == 0.0):
-            raise ValueError(f"Recipe {self.name!r} must set both value_target and value_coef, or neither.")
-
-    @property
-    def critic_target(self) -> ValueTargetFn | SpreadFn | None:
-        """What a critic of either kind learns; None where the policy needs no value head."""
-        return self.value_target or self.token_value_target
-
-    @property
-    def critic_states(self) -> losses.States:
-        """What the critic values the states before."""
-        return "calls" if self.token_value_target is None else "tokens"
 
 
 _LIGHTNINGRL = Recipe(
@@ -125,6 +65,21 @@ _CREDITS = (
         "2508.03680",
         "tools pay intermediate rewards: a call answers for what follows it (without any, it is lightningrl)",
         credit=functools.partial(credit.reward_to_go, gamma=1.0),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "air",
+        "2508.03680",
+        "as lightningrl_rtg, for rewards that speak of one call only: its own, and the outcome",
+        credit=credit.intermediate,
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "mt_grpo",
+        "2505.11821",
+        "as air, where turn rewards should not drown the outcome: each is compared with the group by itself",
+        credit=credit.mt_grpo,
+        advantage=advantages.unchanged,
     ),
     _like(_LIGHTNINGRL, "last_only", "2508.03680", "only the last call counts: to compare others with", credit=credit.last_only),
     _like(
@@ -183,6 +138,145 @@ _CREDITS = (
     ),
 )
 
+# What a model says of the calls: a return model, another prompt, a process-reward model, a judge.
+_MODELS = (
+    _like(
+        _LIGHTNINGRL,
+        "rudder",
+        "1806.07857",
+        "the deciding call comes early: what a call changed in the return that a model predicts",
+        credit=credit.rudder,
+        needs=("predicted_return",),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "spa",
+        "2505.20732",
+        "as rudder, with a model of each call's share",
+        credit=credit.spa,
+        needs=("predicted_return",),
+        evidence_settings=(("kind", "spa"),),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "abc",
+        "2402.00782",
+        "as rudder, by what a return model attends to",
+        credit=credit.attention_based,
+        needs=("attention",),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "scar",
+        "2505.20417",
+        "calls help one another: the Shapley value of each, of rollouts of at most ten calls",
+        credit=credit.shapley,
+        needs=("coalition",),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "hindsight",
+        "1912.02503",
+        "what a call has to do with the outcome is in its words: was it likelier, knowing the outcome?",
+        credit=functools.partial(credit.hindsight, per_token=True),
+        advantage=advantages.unchanged,
+        needs=("hindsight_logp", "response_logp"),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "hcapo",
+        "2603.08754",
+        "as hindsight, as a weight of returns besides grpo's advantage",
+        credit=credit.hcapo,
+        advantage=advantages.unchanged,
+        needs=("hindsight_logp", "response_logp"),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "igpo",
+        "2510.14967",
+        "calls gather information and the true answer is a text: how much likelier did a call make it?",
+        credit=credit.igpo,
+        advantage=advantages.unchanged,
+        needs=("answer_logp",),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "prime",
+        "2502.01456",
+        "answers are long and only outcomes are known: a second model learns rewards for tokens from them",
+        advantage=advantages.leave_one_out,
+        spread=advantages.prime,
+        needs=("prm_logp", "prm_ref_logp"),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "istar",
+        "2509.19199",
+        "as prime, with a reward for each call",
+        spread=advantages.istar,
+        needs=("prm_logp", "prm_ref_logp"),
+        evidence_settings=(("objective", "trajectory_dpo"),),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "judged",
+        "",
+        "somebody can tell good calls from bad ones: a judge's scores (as RULER's), and the outcome",
+        credit=functools.partial(credit.judged, outcome_weight=1.0),
+        advantage=advantages.unchanged,
+        needs=("judge",),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "shaped",
+        "",
+        "you know how far along a state is: shaping by a potential (Ng, Harada, Russell 1999), which changes no best policy",
+        credit=credit.potential_difference,
+        needs=("potential",),
+    ),
+)
+
+# What rollouts started in the middle of others came to. A tree's branches are trained on too, and cost as much as rollouts.
+_TREE = _like(_LIGHTNINGRL, "tree", "", "", advantage=advantages.unchanged, branches=Branches(points=1, width=2))
+
+_BRANCHES = (
+    _like(
+        _LIGHTNINGRL,
+        "vineppo",
+        "2410.01679",
+        "runs are cheap and a critic is not to be had: rollouts from before and after a call say what it changed",
+        credit=credit.vineppo,
+        advantage=advantages.unchanged,
+        needs=("branch_value", "branch_count"),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "counterfactual",
+        "1705.08926",
+        "as vineppo, where a call should answer for all that came after it: the rollout against others from the same state",
+        credit=credit.counterfactual,
+        advantage=advantages.unchanged,
+        needs=("branch_value", "branch_count"),
+    ),
+    _like(
+        _TREE,
+        "spo_tree",
+        "2505.23564",
+        "as vineppo, but extra rollouts are trained on: each call against its siblings",
+        credit=credit.spo_tree,
+    ),
+    _like(_TREE, "treerl", "2506.11902", "as spo_tree, with what a call is worth against the start besides", credit=credit.treerl),
+    _like(
+        _TREE,
+        "tree_grpo",
+        "2509.21240",
+        "rollouts of a tree are alike: each against its tree and the task",
+        credit=credit.tree_grpo,
+    ),
+    _like(_TREE, "treeadv", "2601.03703", "as grpo on a tree: shared calls get their rollouts' mean advantage", credit=credit.treeadv),
+)
+
 # What is taken off, and what scales.
 _ADVANTAGES = (
     _like(
@@ -212,6 +306,15 @@ _ADVANTAGES = (
     ),
     _like(
         _LIGHTNINGRL,
+        "reinforce_pp",
+        "2501.03262",
+        "tasks are alike in difficulty and have one rollout each: rewards against the whole batch's",
+        advantage=advantages.unchanged,
+        spread=advantages.reinforce_plus_plus,
+        aggregation=losses.token_mean,
+    ),
+    _like(
+        _LIGHTNINGRL,
         "reinforce_pp_baseline",
         "2501.03262",
         "rewards of tasks differ in scale: group mean, then one scale for the whole batch",
@@ -219,7 +322,24 @@ _ADVANTAGES = (
         spread=advantages.reinforce_plus_plus_baseline,
         aggregation=losses.token_mean,
     ),
+    _like(
+        _LIGHTNINGRL,
+        "remax",
+        "2310.10505",
+        "there is one rollout a task: the greedy one is the baseline",
+        advantage=advantages.remax,
+        needs=("greedy_reward",),
+    ),
+    _like(
+        _LIGHTNINGRL,
+        "rae",
+        "2506.24119",
+        "roles play against each other, and rules favour one: a running baseline for each role",
+        advantage=advantages.role_baseline,
+        needs=("role_baseline",),
+    ),
     _like(_LIGHTNINGRL, "opo", "2505.23585", "lengths differ much: the baseline of least variance", advantage=advantages.opo),
+    _like(_LIGHTNINGRL, "gdpo", "2601.05242", "rollouts have several named outcomes: each has its say", advantage=advantages.gdpo),
     _like(_LIGHTNINGRL, "maxrl", "2602.02710", "rewards are 0 or 1 and successes are rare", advantage=advantages.maxrl),
     _like(_LIGHTNINGRL, "pass_at_k", "2503.19595", "one success among many tries is enough", advantage=advantages.pass_at_k),
     _like(
@@ -293,7 +413,7 @@ _LOSSES = (
     _like(_LIGHTNINGRL, "dppo", "2602.04879", "probabilities, not their ratios, should stay close", loss=losses.dppo_tv),
 )
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_CREDITS, *_ADVANTAGES, *_LOSSES)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_CREDITS, *_MODELS, *_BRANCHES, *_ADVANTAGES, *_LOSSES)}
 
 
 def get_recipe(name: str) -> Recipe:
@@ -307,35 +427,6 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def describe(function: Callable) -> str:
-    """A stage as one would call it: its name and the settings that `functools.partial` fixed."""
-    if not isinstance(function, functools.partial):
-        return function.__name__
-    settings = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
-    return f"{describe(function.func)}({settings})"
-
-
-def table_text() -> str:
-    """All recipes, one paragraph each."""
-    paragraphs = []
-    for recipe in RECIPES.values():
-        lines = {
-            "use it when": recipe.use_when,
-            "credit": describe(recipe.credit),
-            "advantage": describe(recipe.advantage),
-            "spread": describe(recipe.spread),
-            "loss": describe(recipe.loss),
-            **({"select": describe(recipe.select)} if recipe.select is not None else {}),
-            "aggregation": describe(recipe.aggregation),
-            "needs": ", ".join(recipe.needs) or "nothing but the rollouts",
-        }
-        if recipe.critic_target is not None:
-            lines["critic"] = f"{recipe.value_coef} × {describe(recipe.value_loss)}, towards {describe(recipe.critic_target)}"
-        body = "\n".join(textwrap.fill(text, 100, initial_indent=f"  {key:<13}", subsequent_indent=" " * 15) for key, text in lines.items())
-        paragraphs.append(f"{recipe.name}  (arXiv {recipe.arxiv})\n{body}")
-    return "\n\n".join(paragraphs)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends it without a traceback
-    print(table_text())
+    print("\n\n".join(paragraph(recipe) for recipe in RECIPES.values()))

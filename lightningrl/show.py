@@ -26,10 +26,12 @@ import numpy as np
 
 from lightningrl.advantages import broadcast
 from lightningrl.errors import UserError, settings_of_a_person
-from lightningrl.recipes import Recipe, describe, get_recipe
+from lightningrl.recipe import Recipe, describe
+from lightningrl.recipes import get_recipe
 from lightningrl.runtime.store import Place, Store
 from lightningrl.table import Array, Credit, CreditKind, Evidence, TransitionTable
-from lightningrl.tabulate import table_from_rollouts, trained_rollouts
+from lightningrl.tabulate import trained_rollouts
+from lightningrl.tabulate_tree import own_calls, table_from_branched_rollouts
 from lightningrl.types import Rollout, Transition
 
 DEFAULT_RECIPE = "lightningrl"
@@ -79,17 +81,20 @@ def most_telling(rollouts: Sequence[Rollout]) -> Rollout:
 
 
 def verdict(recipe: Recipe, rollouts: Sequence[Rollout], shown: Rollout) -> Verdict:
-    """Credit and advantage of `shown` among all rollouts of its iteration.
+    """Credit and advantage of `shown` among all rollouts of its iteration; among branches of rollouts only where those are trained on.
 
     Raises:
         UserError: the recipe needs what no store has, or rewards that can't be tabulated.
     """
     if recipe.needs:
         raise UserError(f"{recipe.name} needs {', '.join(recipe.needs)}, which a run does not store: its credit cannot be shown")
-    used = trained_rollouts(rollouts)
+    if recipe.branches is None and shown.parent is None:
+        rollouts = [rollout for rollout in rollouts if rollout.parent is None]
+    own, calls = own_calls(rollouts), sum(len(rollout.transitions) for rollout in trained_rollouts(rollouts))
     with settings_of_a_person():
-        table = table_from_rollouts(rollouts, size=sum(len(rollout.transitions) for rollout in used))
-    mine = table.rollout == [rollout.id for rollout in used].index(shown.id)
+        table = table_from_branched_rollouts(rollouts, size=sum(len(rollout.transitions) for rollout in own), pairs=calls)
+    path = table.tree.path_valid & (table.tree.path_rollout == [rollout.id for rollout in own].index(shown.id))
+    mine = table.tree.path_node[path]  # calls that it repeats among them, as they are shared
     credit, advantage = assign(recipe, table)
     return Verdict(recipe, credit.kind, np.asarray(credit.value)[mine], np.asarray(advantage)[mine])
 
@@ -125,6 +130,8 @@ def rollout_lines(rollout: Rollout, group: Sequence[Rollout], verdicts: Sequence
         yield from field("answer", shown(rollout.answer), lines=PROMPT_LINES)
     others = " ".join(number(r.reward) for r in trained_rollouts(group))
     yield from field("group", f"{rollout.group}: {plural(len(group), 'rollout')}, rewards {others or '-'}")
+    if rollout.parent is not None:
+        yield from field("parent", f"{rollout.parent}, whose first {plural(int(rollout.metrics['replayed_calls']), 'call')} it repeats")
     if rollout.error:
         yield from field("error", rollout.error.strip().splitlines()[-1])
     for line in (*map(recipe_line, verdicts), *notes):
@@ -216,6 +223,8 @@ def show(run: Path, rollout_id: str | None, names: Sequence[str]) -> Iterator[st
             raise UserError(f"{run} has no rollout {rollout_id!r}; near it: {', '.join(near) or next(reversed(where))}")
         place = latest(where) if rollout_id is None else where[rollout_id]
         rollouts = store.read(place.phase, place.iteration)
+        beside = {"train": "branch", "branch": "train"}.get(place.phase)
+        related = [*rollouts, *(store.read(beside, place.iteration) if beside else [])]
     if rollout_id is None:
         yield from list_lines(rollouts, place, run)
         rollout = most_telling(rollouts)
@@ -226,7 +235,7 @@ def show(run: Path, rollout_id: str | None, names: Sequence[str]) -> Iterator[st
     if trained_rollouts([rollout]):
         for recipe in recipes:
             try:
-                verdicts.append(verdict(recipe, rollouts, rollout))
+                verdicts.append(verdict(recipe, related, rollout))
             except UserError as error:
                 notes.append(f"{error}.")
     elif rollout.transitions:

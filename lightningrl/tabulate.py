@@ -85,6 +85,11 @@ class Numbering(dict[Hashable, int]):
         return self[key]
 
 
+def table_size(transitions: int, multiple: int) -> int:
+    """N of a table that holds them: a multiple of `multiple`, at least one, so that few shapes are compiled."""
+    return max(1, -(-transitions // multiple)) * multiple
+
+
 def role_names(rollouts: Sequence[Rollout]) -> tuple[str, ...]:
     """The roles that `TransitionTable.role` indexes, sorted by name."""
     return tuple(sorted({t.role for rollout in trained_rollouts(rollouts) for t in rollout.transitions}))

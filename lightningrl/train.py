@@ -21,7 +21,7 @@ from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import Rows
-from lightningrl.recipes import Recipe
+from lightningrl.recipe import Recipe
 from lightningrl.segments import safe_divide
 from lightningrl.sharding import batch_sharding, params_sharding, replicated
 from lightningrl.table import Array, LossInputs, TokenTable, UnitCounts

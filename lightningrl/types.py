@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-Status = Literal["ok", "failed", "timed_out"]
+Status = Literal["ok", "failed", "timed_out", "diverged"]  # diverged: a replay that could not repeat its parent
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -119,7 +119,7 @@ class Rollout:
     transitions: tuple[Transition, ...]
     outcome: Mapping[str, float]  # named rewards; "reward" is the one that is trained on
     status: Status = "ok"
-    parent: str | None = None  # id of the rollout this one was branched from
+    parent: str | None = None  # id of the rollout this one was branched from; metrics["replayed_calls"] says after how many calls
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     error: str = ""  # traceback of a failed run
     answer: Any = None  # what the agent returned, if JSON
@@ -127,3 +127,27 @@ class Rollout:
     @property
     def reward(self) -> float:
         return self.outcome["reward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Where a run branches off a recorded one: its first `calls` calls are to be answered as the parent's were."""
+
+    parent: Rollout
+    calls: int  # 0: none, a run of its own from the start
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.calls <= len(self.parent.transitions):
+            known = len(self.parent.transitions)
+            raise ValueError(f"rollout {self.parent.id!r} has {known} calls: a run cannot repeat {self.calls} of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRequest:
+    """A run that is wanted, as in `Rollout`."""
+
+    id: str
+    task: Task
+    group: str
+    sample: int
+    replay: Replay | None = None  # branches off a recorded run

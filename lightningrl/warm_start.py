@@ -26,7 +26,8 @@ from lightningrl.gateway.rendering import Renderer
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params, shapes
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
-from lightningrl.recipes import Recipe, get_recipe
+from lightningrl.recipe import Recipe
+from lightningrl.recipes import get_recipe
 from lightningrl.sharding import batch_multiple
 from lightningrl.table import TokenTable, UnitCounts
 from lightningrl.train import EdgeBatch, OptimizerSettings, TrainStep, make_optimizer

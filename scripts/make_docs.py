@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 
 from lightningrl import advantages, credit, losses, normalize, recipes
+from lightningrl.recipe import Recipe, describe
 from lightningrl.table import Evidence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -101,7 +102,7 @@ def contents(every: Sequence[Entry]) -> Iterator[str]:
 def recipe_table() -> str:
     """Every recipe; settings that are the functions' defaults are left out."""
 
-    def row(recipe: recipes.Recipe) -> list[str]:
+    def row(recipe: Recipe) -> list[str]:
         advantage, loss = code(recipe.advantage), code(recipe.loss)
         if recipe.spread is not advantages.broadcast:
             advantage += f", over tokens by {code(recipe.spread)}"
@@ -114,6 +115,8 @@ def recipe_table() -> str:
         if recipe.entropy_coef:
             loss += f" - {recipe.entropy_coef} entropy"
         needs = ", ".join(f"`{need}`" for need in recipe.needs)
+        if recipe.branches is not None:
+            needs = f"branches at {recipe.branches.points} of a rollout's calls, {recipe.branches.width} at each"
         return [
             f"`{recipe.name}`",
             linked(recipe.arxiv),
@@ -130,7 +133,7 @@ def recipe_table() -> str:
 
 
 def code(stage: Callable) -> str:
-    return f"`{recipes.describe(stage)}`"
+    return f"`{describe(stage)}`"
 
 
 def preset_table() -> str:
@@ -212,7 +215,7 @@ def signature(function: Callable) -> str:
 def quoted(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value)
-    return recipes.describe(value) if callable(value) else repr(value)
+    return describe(value) if callable(value) else repr(value)
 
 
 def sections(docstring: str) -> list[tuple[str, str]]:

@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lightningrl.losses import Metrics, count_units
-from lightningrl.recipes import Recipe
-from lightningrl.table import Array, LossInputs, TokenTable, TransitionTable
+from lightningrl.recipe import Recipe
+from lightningrl.table import Array, Evidence, LossInputs, TokenTable, TransitionTable
 from lightningrl.tabulate import table_from_rollouts
 from lightningrl.types import Rollout, Status, Task, Transition
 
@@ -121,6 +121,25 @@ def poison(tree, mask):
 
 def poison_table(table: TransitionTable) -> TransitionTable:
     return poison(table, table.valid)
+
+
+OF_PAIRS = ("branch_value", "branch_count", "potential", "answer_logp")  # float32 [N, 2]
+OF_TOKENS = ("token_value", "sum_pi2", "prm_logp", "prm_ref_logp")  # float32 [E]
+
+
+def make_evidence(table: TransitionTable, tokens: TokenTable) -> Evidence:
+    """Every field, drawn within its range."""
+    drawn, size = np.random.default_rng(0), len(table.valid)
+    shapes = dict.fromkeys(OF_PAIRS, (size, 2)) | dict.fromkeys(OF_TOKENS, tokens.mask.shape) | {"coalition": (size, 2**3)}
+    low = {"sum_pi2": 0.1, "branch_count": 1.0, "attention": 0.0, "answer_logp": -2.0}
+    names = [field.name for field in dataclasses.fields(Evidence)]
+    return Evidence(**{n: drawn.uniform(low.get(n, -1.0), 1.0, shapes.get(n, (size,))).astype(np.float32) for n in names})
+
+
+def poison_evidence(evidence: Evidence, table: TransitionTable, tokens: TokenTable) -> Evidence:
+    """NaN at padding of each field; `coalition` is of rollouts and has none."""
+    fields = {field.name: getattr(evidence, field.name) for field in dataclasses.fields(Evidence) if field.name != "coalition"}
+    return dataclasses.replace(evidence, **{n: poison(x, tokens.mask if n in OF_TOKENS else table.valid) for n, x in fields.items()})
 
 
 def with_padding(rollouts: Sequence[Rollout], extra: int) -> TransitionTable:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightningrl import advantages, credit, losses, recipes
-from lightningrl.recipes import RECIPES, Recipe, get_recipe
+from lightningrl import advantages, credit, losses
+from lightningrl.recipe import Recipe, describe
+from lightningrl.recipes import RECIPES, get_recipe
 from lightningrl.table import Evidence
-from tests.batches import loss_of, make_inputs, make_rollout, make_table, make_tokens
+from tests.batches import loss_of, make_evidence, make_inputs, make_rollout, make_table, make_tokens
 
 EACH = pytest.mark.parametrize("name", list(RECIPES))
 
@@ -53,12 +54,8 @@ def test_runs_from_table_to_gradient_under_jit(name):
     table = batch()
     tokens = make_tokens(table, 20)
     tokens = dataclasses.replace(tokens, behaviour_logp=tokens.old_logp)  # on policy: m2po drops what is far from it
-    made = {
-        "value": np.linspace(-1, 1, 9, dtype=np.float32),
-        "token_value": np.linspace(-1, 1, 20, dtype=np.float32),
-        "sum_pi2": np.linspace(0.1, 1, 20, dtype=np.float32),
-    }
-    evidence = Evidence(**{need: made[need] for need in RECIPES[name].needs})
+    made = make_evidence(table, tokens)
+    evidence = Evidence(**{need: getattr(made, need) for need in RECIPES[name].needs})
     loss, gradient = jax.jit(functools.partial(objective, RECIPES[name]))(table, tokens, evidence)
     assert np.isfinite(loss) and np.isfinite(gradient).all()
     assert (np.asarray(gradient)[~tokens.mask] == 0).all() and np.abs(gradient).sum() > 0
@@ -92,7 +89,7 @@ def test_a_token_critic_learns_advantage_plus_value(name):
 def test_ppo_and_its_critic_agree_on_gamma_and_lambda():
     recipe = get_recipe("ppo")
     assert recipe.value_target is not None
-    assert recipes.describe(recipe.value_target) == recipes.describe(recipe.credit).replace("gae", "gae_value_target")
+    assert describe(recipe.value_target) == describe(recipe.credit).replace("gae", "gae_value_target")
     assert recipe.needs == ("value",)
 
 
@@ -125,8 +122,8 @@ def test_recipes_that_do_not_fit_are_refused():
 
 def test_describe_shows_the_settings():
     one = functools.partial(functools.partial(credit.gae, gamma=0.5), lambda_=1.0)
-    assert recipes.describe(one) == "gae(gamma=0.5, lambda_=1.0)"
-    assert recipes.describe(credit.identical) == "identical"
+    assert describe(one) == "gae(gamma=0.5, lambda_=1.0)"
+    assert describe(credit.identical) == "identical"
 
 
 @pytest.mark.slow
@@ -134,4 +131,4 @@ def test_the_command_prints_every_recipe():
     done = subprocess.run([sys.executable, "-m", "lightningrl.recipes"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     for recipe in RECIPES.values():
-        assert f"{recipe.name}  (arXiv {recipe.arxiv})" in done.stdout
+        assert recipe.name + (f"  (arXiv {recipe.arxiv})\n" if recipe.arxiv else "\n") in done.stdout

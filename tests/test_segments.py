@@ -213,3 +213,10 @@ def test_a_segment_is_constant_by_comparison():
     ids = np.array([0, 0, 1, 1, 1, 2], np.int32)
     mask = np.array([True, True, True, False, True, True])
     assert segments.segment_constant(values, ids, 4, mask=mask).tolist() == [True, False, True, True]
+
+
+def test_a_hair_is_a_difference():
+    """The next float32 after 1, and 1e-9 after 0: no tolerance stands between equal and unequal."""
+    values = np.array([1.0, np.nextafter(np.float32(1), np.float32(2)), 0.0, 1e-9, 0.1, 0.1], np.float32)
+    ids = np.array([0, 0, 1, 1, 2, 2], np.int32)
+    assert segments.segment_constant(values, ids, 3).tolist() == [False, False, True]

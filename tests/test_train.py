@@ -22,7 +22,8 @@ from lightningrl.evidence.critic import turn_values
 from lightningrl.loop import assign
 from lightningrl.model import decoder
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
-from lightningrl.recipes import Recipe, get_recipe
+from lightningrl.recipe import Recipe
+from lightningrl.recipes import get_recipe
 from lightningrl.sharding import batch_multiple, make_mesh
 from lightningrl.table import Evidence
 from lightningrl.tabulate import table_from_rollouts

@@ -101,5 +101,5 @@ def _turn_returns(
 
 def _within_turns(edges: OrderedEdges, value: jax.Array, returns: jax.Array, gamma: float, lambda_: float) -> jax.Array:
     rewards = jnp.where(edges.last, returns[edges.transition], 0.0)
-    errors = rewards + gamma * next_in_segment(value, edges.transition, edges.mask) - value
+    errors = rewards + gamma * edges.following(value, edges.transition) - value
     return reverse_affine_scan(jnp.full_like(errors, gamma * lambda_), errors, edges.transition, edges.mask)

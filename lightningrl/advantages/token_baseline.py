@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lightningrl.advantages.token_order import OrderedEdges, in_order
 from lightningrl.normalize import Singleton
-from lightningrl.segments import joint_ids, reverse_affine_scan, safe_divide, segment_constant, segment_sum
+from lightningrl.segments import joint_ids, reverse_affine_scan, safe_divide, segment_constant, segment_count, segment_max, segment_sum
 from lightningrl.table import Array, Evidence, TokenTable, TransitionTable
 
 Tail = Literal["raw", "zero"]
@@ -60,9 +60,7 @@ def optimal_token_baseline(
       ValueError: there is no `evidence.sum_pi2`, or an unknown singleton or tail.
     """
     edges = in_order(table, tokens)
-    return _token_baseline(
-        table, tokens, evidence, edges, edges.transition, jnp.asarray(table.turn)[edges.transition], rho, singleton, tail
-    )
+    return _token_baseline(table, tokens, evidence, edges, edges.transition, table.turn, rho, singleton, tail)
 
 
 def multi_turn_optimal_token_baseline(
@@ -81,7 +79,7 @@ def multi_turn_optimal_token_baseline(
     out; W is summed over all of them. Args, returns and raises as there.
     """
     edges = in_order(table, tokens)
-    return _token_baseline(table, tokens, evidence, edges, edges.rollout, jnp.zeros_like(edges.rollout), rho, singleton, tail)
+    return _token_baseline(table, tokens, evidence, edges, edges.rollout, jnp.zeros_like(table.turn), rho, singleton, tail)
 
 
 def _token_baseline(
@@ -102,18 +100,30 @@ def _token_baseline(
     returns = reverse_affine_scan(jnp.ones_like(edges.reward), edges.reward, edges.rollout, edges.mask)
 
     group = jnp.asarray(table.group)[edges.transition]
-    position = _cumulative(jnp.ones_like(energy), sequence, edges.mask).astype(jnp.int32)
-    cell = joint_ids(edges.mask, group, turn, position)
+    position = _cumulative(jnp.ones_like(energy), sequence, edges.mask).astype(jnp.int32) - 1
+    cell = _cells(table, edges, turn, position)
     size, mask = cell.shape[0], edges.mask
     baseline = safe_divide(segment_sum(returns * energy, cell, size, mask=mask), segment_sum(energy, cell, size, mask=mask))[cell]
 
     constant = segment_constant(returns, cell, size, mask=mask)[cell]
-    one_here = segment_constant(edges.rollout, cell, size, mask=mask)[cell]
+    one_here = (segment_count(cell, size, mask=mask) == 1)[cell]  # a rollout stands in a cell once
     one_in_group = segment_constant(jnp.asarray(table.rollout), table.group, table.rollout.shape[0], mask=table.valid)[group]
     result = jnp.where(constant, 0.0, returns - baseline)
     result = jnp.where(one_here, returns if tail == "raw" else 0.0, result)
     result = jnp.where(one_in_group, returns if singleton == "raw" else 0.0, result)
     return edges.put(result, tokens)
+
+
+def _cells(table: TransitionTable, edges: OrderedEdges, turn: Array, position: jax.Array) -> jax.Array:
+    """int32[E], 0 … E-1: the same number for the same group, turn and position. turn: int32[N].
+
+    Every pair of a group and a turn gets as many numbers as its longest sequence has tokens, so that pairs are sorted, which
+    are fewer than edges.
+    """
+    pair = joint_ids(jnp.asarray(table.valid), jnp.asarray(table.group), jnp.asarray(turn))
+    pair_of_edge = pair[edges.transition]
+    lengths = segment_max(position + 1, pair_of_edge, pair.shape[0], mask=edges.mask)
+    return jnp.where(edges.mask, (jnp.cumsum(lengths) - lengths)[pair_of_edge] + position, 0)
 
 
 def _gradient_norms(tokens: TokenTable, evidence: Evidence, edges: OrderedEdges, rho: Array | None) -> jax.Array:

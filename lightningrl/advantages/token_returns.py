@@ -21,7 +21,6 @@ from lightningrl.segments import (
     masked_mean,
     masked_min,
     masked_var,
-    next_in_segment,
     reverse_affine_scan,
     safe_divide,
     safe_sqrt,
@@ -57,7 +56,7 @@ def token_gae(
     """
     edges = in_order(table, tokens)
     value = token_values(edges, tokens, evidence, "token_gae")
-    following = next_in_segment(value, edges.rollout, edges.mask)
+    following = edges.following(value, edges.rollout)
     errors = edges.reward + gamma * following - value
     return edges.put(_recursion(edges, gamma * lambda_, errors), tokens)
 
@@ -75,7 +74,7 @@ def token_lambda_return(
     """
     edges = in_order(table, tokens)
     value = token_values(edges, tokens, evidence, "token_lambda_return")
-    following = next_in_segment(value, edges.rollout, edges.mask)
+    following = edges.following(value, edges.rollout)
     terms = edges.reward + gamma * (1.0 - lambda_) * following
     return edges.put(_recursion(edges, gamma * lambda_, terms), tokens)
 
@@ -121,7 +120,7 @@ def v_trace(
     edges = in_order(table, tokens)
     value = token_values(edges, tokens, evidence, "v_trace")
     errors, ratio = _v_trace_errors(edges, tokens, value, rho, gamma, lambda_, clip_rho, clip_c)
-    following = next_in_segment(value + lambda_ * errors, edges.rollout, edges.mask)
+    following = edges.following(value + lambda_ * errors, edges.rollout)
     result = jnp.minimum(clip_pg_rho, ratio) * (edges.reward + gamma * following - value)
     return edges.put(result, tokens)
 
@@ -244,7 +243,7 @@ def _v_trace_errors(edges, tokens, value, rho, gamma, lambda_, clip_rho, clip_c)
         rho = jnp.exp(log_ratio(tokens.old_logp, tokens.behaviour_logp, tokens.mask))
     chex.assert_equal_shape([rho, tokens.mask])
     ratio = jax.lax.stop_gradient(edges.take(rho))
-    following = next_in_segment(value, edges.rollout, edges.mask)
+    following = edges.following(value, edges.rollout)
     errors = jnp.minimum(clip_rho, ratio) * (edges.reward + gamma * following - value)
     factors = gamma * lambda_ * jnp.minimum(clip_c, ratio)
     return reverse_affine_scan(factors, errors, edges.rollout, edges.mask), ratio

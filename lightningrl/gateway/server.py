@@ -25,7 +25,7 @@ from lightningrl.gateway.rendering import Renderer
 from lightningrl.gateway.responses import responses
 from lightningrl.gateway.service import Service
 from lightningrl.gateway.sessions import CallRecord, GatewaySettings, SamplingOverrides, Session
-from lightningrl.types import Sampler
+from lightningrl.types import Replay, Sampler
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
@@ -116,6 +116,7 @@ class Gateway:
         seed: int,
         train_roles: tuple[str, ...] | None = None,
         sampling: SamplingOverrides | None = None,
+        replay: Replay | None = None,
     ) -> str:
         """A new API key for one rollout.
 
@@ -124,9 +125,11 @@ class Gateway:
             seed: any integer.
             train_roles: roles whose calls are trainable; None for all.
             sampling: settings that replace the agent's.
+            replay: answers the rollout's first calls as a recorded rollout's; how, and what happens if they differ: `gateway.replay`.
         """
         key = secrets.token_urlsafe(24)
-        self._service.sessions[key] = Session(rollout_id, seed, train_roles, sampling or SamplingOverrides(), self._service.settings)
+        settings = self._service.settings
+        self._service.sessions[key] = Session(rollout_id, seed, train_roles, sampling or SamplingOverrides(), settings, replay)
         return key
 
     def close(self, api_key: str) -> CallRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,8 @@ from lightningrl.gateway.conversations import Conversations
 from lightningrl.gateway.errors import ApiError
 from lightningrl.gateway.protocol import Message, SamplingFields
 from lightningrl.gateway.rendering import Renderer
-from lightningrl.types import Sampler, SamplingParams, Transition
+from lightningrl.gateway.replay import Lockstep
+from lightningrl.types import Replay, Sampler, SamplingParams, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,8 @@ class CallRecord:
     transitions: tuple[Transition, ...]  # in order of turn, which is the order of arrival
     reward: Mapping[str, float] | None  # as posted to /v1/reward
     log: tuple[str, ...]  # notes, each once: settings that were overridden or are not applied
+    replayed: int = 0  # how many of the transitions were answered from a record, the first ones
+    divergence: str = ""  # where and how the run left the one it was to repeat; then it is not to be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +78,12 @@ class Session:
         train_roles: tuple[str, ...] | None,
         overrides: SamplingOverrides,
         settings: GatewaySettings,
+        replay: Replay | None = None,
     ) -> None:
         self.rollout_id, self.seed, self.train_roles, self.overrides = rollout_id, seed, train_roles, overrides
         self.settings = settings
         self.conversations = Conversations()
+        self.lockstep = Lockstep(replay)
         self.reward: Mapping[str, float] | None = None
         self.closed = False
         self._calls: list[Call] = []
@@ -119,11 +125,16 @@ class Session:
         sampler: Sampler,
         on_done: Callable[[Call], None],
     ) -> Call:
-        """Sends a new call to the sampler; raises `ApiError`: the prompt too long, the queue full, the rollout over."""
+        """Sends a new call to the sampler, but what a replay answers.
+
+        Raises:
+            ApiError: the prompt too long, the queue full, the replay diverged, the rollout over.
+        """
         if self.closed:
             raise rollout_over()
         number = request.fields.n or 1
         params = self._params(request, len(prompt_ids), sampler.context_length)
+        repeats = self.lockstep.recognise(request.role, prompt_ids, number, request.sent)
         if sampler.queue_length + number > self.settings.max_queue:
             raise ApiError(
                 429,
@@ -138,8 +149,13 @@ class Session:
                 on_done(call)
             else:  # asked once more, the same prompt samples the same response
                 self._occurrences[prompt_ids.tobytes()].discard(occurrence)
+                self.lockstep.give_back(keys)
 
-        keys = [sampling_key(self.seed, self.rollout_id, prompt_ids, occurrence, k, request.fields.seed) for k in range(number)]
+        keys = [
+            sampling_key(self.seed, self.lockstep.named(turn) or self.rollout_id, prompt_ids, occurrence, k, request.fields.seed)
+            for k, turn in enumerate(repeats)
+        ]
+        self.lockstep.take(request.role, prompt_ids, keys, repeats)
         call = Call(
             arrival=len(self._calls),
             fingerprint=request.fingerprint,
@@ -156,7 +172,7 @@ class Session:
         )
         self._calls.append(call)
         try:
-            call.submit(sampler, request.stream)
+            call.submit(self.lockstep.sampler(sampler), request.stream)
         except Exception as problem:
             refusal = ApiError(500, f"The sampler refused the request: {type(problem).__name__}: {problem}")
             call.fail(refusal)
@@ -232,17 +248,24 @@ class Session:
     # The record
 
     def record(self, renderer: Renderer) -> CallRecord:
-        """The finished calls as transitions: one for each choice, turns in order of arrival."""
-        done = [call for call in self._calls if call.state == "done"]
-        turns: dict[tuple[Call, int], int] = {}
-        for call in done:
-            for k in range(len(call.choices)):
-                turns[call, k] = len(turns)
-        transitions = [
-            _transition(call, k, turn, turns.get(call.extends) if call.extends else None, self.train_roles, renderer)
-            for (call, k), turn in turns.items()
-        ]
-        return CallRecord(tuple(transitions), self.reward, tuple(self._log))
+        """The finished calls as transitions: one for each choice, turns in order of arrival, those of a replay as recorded."""
+        done = [(call, k) for call in self._calls if call.state == "done" for k in range(len(call.choices))]
+        done.sort(key=lambda choice: self._recorded_turn(*choice))
+        turns = {choice: turn for turn, choice in enumerate(done)}
+        transitions, replayed = [], 0
+        for (call, k), turn in turns.items():
+            continues = turns.get(call.extends) if call.extends else None
+            recorded = self.lockstep.replayed(call.choices[k].key)
+            if recorded is None:
+                transitions.append(_transition(call, k, turn, continues, self.train_roles, renderer))
+            else:  # its reward is worked out anew
+                transitions.append(dataclasses.replace(recorded, turn=turn, continues=continues, reward=0.0))
+                replayed += 1
+        return CallRecord(tuple(transitions), self.reward, tuple(self._log), replayed, self.lockstep.divergence)
+
+    def _recorded_turn(self, call: Call, k: int) -> float:
+        turn = self.lockstep.turn(call.choices[k].key)
+        return math.inf if turn is None else turn
 
 
 def _transition(

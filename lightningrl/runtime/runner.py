@@ -19,7 +19,7 @@ from lightningrl.runtime.failures import describe, is_infrastructure_failure
 from lightningrl.runtime.intermediate import with_rewards
 from lightningrl.runtime.outcome import Reward, RewardError, as_json, outcome_of
 from lightningrl.runtime.store import LogEntry, Store
-from lightningrl.types import Rollout, Status, Task
+from lightningrl.types import Replay, Rollout, RolloutRequest, Status, Task
 
 if TYPE_CHECKING:
     from lightningrl.gateway import CallRecord, SamplingOverrides
@@ -46,6 +46,7 @@ class Endpoint(Protocol):
         seed: int,
         train_roles: tuple[str, ...] | None = None,
         sampling: SamplingOverrides | None = None,
+        replay: Replay | None = None,
     ) -> str: ...
 
     def close(self, api_key: str) -> CallRecord: ...
@@ -61,14 +62,6 @@ class RunnerSettings:
         for name in ("concurrency", "time_limit_s", "max_attempts"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"RunnerSettings.{name} is {getattr(self, name)}: it must be positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutRequest:
-    id: str
-    task: Task
-    group: str
-    sample: int
 
 
 def rollout_requests(tasks: Sequence[Task], *, phase: str, iteration: int, samples: int) -> list[RolloutRequest]:
@@ -133,6 +126,9 @@ class Runner:
         infrastructure failure (see `failures`) is made again under a new key; the attempt that is given up goes to the store's
         log, and none of its calls into the rollout.
 
+        A request with a replay repeats the first calls of its parent and samples the rest, under keys of its own id. If it can't
+        repeat them, its status is `diverged`: it has no outcome, is not tried again, and its error says where it left the parent.
+
         Args:
             on_rollout: called with each rollout once it is stored, one at a time, in the order they finish.
 
@@ -187,7 +183,8 @@ class Runner:
         """Returns the rollout, the gateway's notes, and whether another attempt is worth it."""
         started = time.monotonic()
         deadline = started + self.settings.time_limit_s
-        key = self.gateway.open(request.id, seed=batch.seed, train_roles=batch.train_roles, sampling=batch.sampling)
+        replay = {} if request.replay is None else {"replay": request.replay}
+        key = self.gateway.open(request.id, seed=batch.seed, train_roles=batch.train_roles, sampling=batch.sampling, **replay)
         record: CallRecord | None = None
         answer: Any = None
         outcome: Mapping[str, float] = {}
@@ -209,6 +206,9 @@ class Runner:
             status, error, again = "failed", describe(problem), is_infrastructure_failure(problem)
         finally:
             record = record or self.gateway.close(key)
+        divergence = _divergence(request.replay, record, status)
+        if divergence:
+            status, error, outcome, again = "diverged", divergence, {}, False
         rollout = self._record(request, attempt, record, answer, outcome, status, error, time.monotonic() - started)
         return rollout, record.log, again
 
@@ -237,10 +237,12 @@ class Runner:
             transitions=record.transitions,
             outcome=outcome,
             status=status,
+            parent=None if request.replay is None else request.replay.parent.id,
             metrics={
                 "calls": float(len(record.transitions)),
                 "response_tokens": float(sum(len(transition.response_ids) for transition in record.transitions)),
                 "agent_seconds": seconds,
+                **({} if request.replay is None else {"replayed_calls": float(record.replayed)}),
             },
             error=error,
             answer=as_json(answer),
@@ -251,6 +253,13 @@ class Runner:
             return with_rewards(rollout, self.intermediate)
         except Exception as problem:
             return dataclasses.replace(rollout, status="failed", outcome={}, error=describe(problem))
+
+
+def _divergence(replay: Replay | None, record: CallRecord, status: Status) -> str:
+    """How a run failed to repeat its parent; a run that broke off by itself did not get to it."""
+    if replay is not None and status == "ok" and not record.divergence and record.replayed < replay.calls:
+        return f"the run ended after {record.replayed} of the {replay.calls} calls of rollout {replay.parent.id} that it was to repeat"
+    return record.divergence
 
 
 def _given_up(rollout: Rollout) -> str:

@@ -54,9 +54,9 @@ def test_is_that_of_a_loop(turn_value, rollouts):
     expected = loop(table, tokens, evidence, turn_value)
     actual = GAE(table, tokens, NOTHING, evidence, turn_value=turn_value)
     assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     value = np.where(tokens.mask, evidence.token_value, 0)
-    np.testing.assert_allclose(TARGET(table, tokens, NOTHING, evidence, turn_value=turn_value), expected + value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(TARGET(table, tokens, NOTHING, evidence, turn_value=turn_value), expected + value, rtol=1e-5, atol=1e-6)
 
 
 def ragged():

@@ -86,7 +86,7 @@ def test_is_that_of_a_loop(name, rollouts):
     assert np.isfinite(actual).all()
     expected = loop(rollouts, name)
     if expected is not None:  # else all of the batch is the same but for rounding
-        np.testing.assert_allclose(actual[: len(expected)], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(actual[: len(expected)], expected, rtol=1e-5, atol=1e-6)
         assert (np.asarray(actual)[len(expected) :] == 0).all()
 
 
@@ -101,7 +101,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
         for order in (rollouts, data.draw(st.permutations(rollouts)))
     )
     for rollout in one:
-        np.testing.assert_allclose(one[rollout], other[rollout], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one[rollout], other[rollout], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_is_that_of_a_loop(name, rollouts):
     )
     actual = JITTED[name](table, tokens, ADVANTAGE, evidence)
     assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, [result.get(e, 0.0) for e in range(EDGES)], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(actual, [result.get(e, 0.0) for e in range(EDGES)], rtol=1e-5, atol=1e-6)
 
 
 def ragged():

@@ -67,7 +67,7 @@ def test_is_that_of_a_loop(form, rollouts):
         actual = JITTED[form](table, tokens, NOTHING, evidence, rho=rho, singleton=singleton, tail=tail)
         assert actual.dtype == jnp.float32
         expected = loop(table, tokens, evidence, form, singleton, tail, rho)
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def ragged():

@@ -110,7 +110,7 @@ def test_is_that_of_a_loop(name, rollouts):
     expected = np.array([per_edge.get(e, 0.0) for e in range(EDGES)])
     actual = JITTED[name](table, tokens, NOTHING, evidence)
     assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     assert (np.asarray(actual)[~tokens.mask] == 0).all()
 
 
@@ -222,7 +222,7 @@ def test_the_baseline_form_is_that_of_a_loop(degenerate, rollouts):
     if degenerate == "zero":
         per_edge |= {t.edge: 0.0 for t in sequences if t.group in silent}
     actual = BASELINE(table, poison(tokens, tokens.mask), np.where(table.valid, advantage, np.nan), Evidence(), degenerate=degenerate)
-    np.testing.assert_allclose(actual, [per_edge.get(e, 0.0) for e in range(EDGES)], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, [per_edge.get(e, 0.0) for e in range(EDGES)], rtol=1e-5, atol=1e-6)
 
 
 def test_whiten_tokens_by_hand():

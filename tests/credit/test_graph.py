@@ -116,7 +116,7 @@ def test_merging_moves_credit_and_makes_none(rollouts):
     distinct = np.asarray(JITTED["salt"](apart, Evidence()).value)
     for group in set(table.group.tolist()):
         mine = table.valid & (table.group == group)
-        np.testing.assert_allclose(merged[mine].sum(), distinct[mine].sum(), atol=1e-4)
+        np.testing.assert_allclose(merged[mine].sum(), distinct[mine].sum(), atol=1e-5)
 
 
 def test_salt_by_hand():

@@ -88,7 +88,7 @@ NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
 def test_is_that_of_a_loop(name, rollouts):
-    check_loop(JITTED[name], rollouts, evidence_of, ASSIGNERS[name][1](rollouts), rtol=1e-4, atol=1e-5)
+    check_loop(JITTED[name], rollouts, evidence_of, ASSIGNERS[name][1](rollouts), rtol=1e-5, atol=1e-6)
 
 
 @NAMES

@@ -164,7 +164,7 @@ def test_ten_calls():
     worth = np.arange(1, 11)
     coalition = (((np.arange(1024)[:, None] >> np.arange(10)) & 1) @ worth).astype(np.float32)[None]
     table = make_table(make_rollout("a", 55.0, [0.0] * 10))
-    np.testing.assert_allclose(JITTED["shapley"](table, Evidence(coalition=coalition)).value, worth, rtol=1e-4)
+    np.testing.assert_allclose(JITTED["shapley"](table, Evidence(coalition=coalition)).value, worth, rtol=1e-5)
 
 
 def test_sampled_marginals_are_averaged():
