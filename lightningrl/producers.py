@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lightningrl.config import FitConfig
-from lightningrl.errors import UserError
+from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.evidence.answers import answer_logps, init_answers
 from lightningrl.evidence.branches import branch_rollouts
 from lightningrl.evidence.endpoint_judge import endpoint_judge
@@ -119,7 +119,7 @@ def _answers(s: Sources) -> Producer:
 
 def _process_rewards(s: Sources) -> Producer:
     step = process_reward_step(s.policy.config, s.step.optimizer, s.step.mesh)
-    produce = functools.partial(
+    learn = functools.partial(
         process_rewards,
         step=step,
         rows=s.rows,
@@ -128,6 +128,11 @@ def _process_rewards(s: Sources) -> Producer:
         row_multiple=batch_multiple(s.step.mesh),
         multiple=s.multiple,
     )
+
+    def produce(*arguments: Any) -> Any:
+        with settings_of_a_person():  # a reward that its objective cannot learn from
+            return learn(*arguments)
+
     start = functools.partial(init_process_rewards, step)
     return Producer("process_rewards", ("prm_logp", "prm_ref_logp"), produce, start, keeps="arrays")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lightningrl.config import FitConfig, cache_folder
@@ -33,6 +34,7 @@ def starting_policy(
     if (out / "start" / "config.json").exists():
         return load_policy(out / "start")
     policy = load_policy(Path(config.policy)) if config.policy else new_policy(config, demonstrations, tasks, critic=critic)
+    policy = with_value_head(policy) if critic else policy
     if demonstrations and config.imitation_steps:
         policy = warm_started(policy, config, demonstrations, mesh)
     save_policy(out / "start", policy)
@@ -64,6 +66,14 @@ def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks
             value_head=critic,
         )
     return Policy(shape, init_params(shape, jax.random.key(config.seed)), tokenizer)
+
+
+def with_value_head(policy: Policy) -> Policy:
+    """The policy with a critic, which values everything 0 at first; one that has a critic as it is."""
+    if policy.config.value_head:
+        return policy
+    params = {**policy.params, "value_head": jnp.zeros((policy.config.hidden_size,), jnp.float32)}
+    return dataclasses.replace(policy, config=dataclasses.replace(policy.config, value_head=True), params=params)
 
 
 def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Demonstration], mesh: Any) -> Policy:
