@@ -56,12 +56,12 @@ def masked_var(values: Array, mask: Array, weights: Array | None = None, *, ddof
 
 def masked_min(values: Array, mask: Array, *, empty: float = 0.0) -> jax.Array:
     """The smallest masked entry; `empty` for an empty mask."""
-    return jnp.where(jnp.any(mask), jnp.min(jnp.where(mask, values, _largest(values))), empty)
+    return jnp.where(jnp.any(mask), jnp.min(jnp.where(mask, values, _largest(values)), initial=_largest(values)), empty)
 
 
 def masked_max(values: Array, mask: Array, *, empty: float = 0.0) -> jax.Array:
     """The largest masked entry; `empty` for an empty mask."""
-    return jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values, _smallest(values))), empty)
+    return jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values, _smallest(values)), initial=_smallest(values)), empty)
 
 
 def segment_sum(values: Array, ids: Array, num_segments: int, *, mask: Array | None = None, weights: Array | None = None) -> jax.Array:

@@ -30,7 +30,7 @@ def _connect_to_loopback(self: socket.socket, address: Any, /) -> None:
 
 socket.socket.connect = _connect_to_loopback  # type: ignore[assignment, method-assign]
 
-LONGEST = ("test_resume.py", "test_fit.py", "test_train.py")  # minutes each
+LONGEST = ("test_resume.py", "test_fit.py", "test_train.py", "test_evidence_in_the_loop.py", "test_notebooks.py")  # a minute or more each
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

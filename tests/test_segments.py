@@ -220,3 +220,9 @@ def test_a_hair_is_a_difference():
     values = np.array([1.0, np.nextafter(np.float32(1), np.float32(2)), 0.0, 1e-9, 0.1, 0.1], np.float32)
     ids = np.array([0, 0, 1, 1, 2, 2], np.int32)
     assert segments.segment_constant(values, ids, 3).tolist() == [False, False, True]
+
+
+def test_reductions_of_no_entries_at_all():
+    nothing, mask = np.zeros(0, np.float32), np.zeros(0, bool)
+    for reduce in (segments.masked_sum, segments.masked_mean, segments.masked_var, segments.masked_min, segments.masked_max):
+        assert reduce(nothing, mask) == 0.0

@@ -132,7 +132,7 @@ def second_moment_keep(inputs: LossInputs, *, key: Array | None = None, threshol
     rising = jnp.sort(moment)
     used = jnp.arange(mask.shape[0]) < jnp.sum(mask)
     mean = safe_divide(jnp.cumsum(jnp.where(used, rising, 0.0)), jnp.arange(1, mask.shape[0] + 1, dtype=jnp.float32))
-    first_dropped = jnp.min(jnp.where(used & (mean >= threshold), rising, jnp.inf))
+    first_dropped = jnp.min(jnp.where(used & (mean >= threshold), rising, jnp.inf), initial=jnp.inf)
     return (mask & (moment < first_dropped)).reshape(jnp.shape(inputs.tokens.mask))
 
 

@@ -102,6 +102,8 @@ def test_pairs_have_their_evidence():
 
 def test_a_pair_with_exact_evidence_names_the_one_without():
     for pair in PAIRS.values():
+        if pair.family == "recipe":  # named as it is in `RECIPES`, whoever makes its evidence
+            continue
         assert ("(exact)" in pair.name or ", exact)" in pair.name) == any(need in EXACT for need in pair.needs)
         if pair.learned is None:
             continue
