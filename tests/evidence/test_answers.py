@@ -125,6 +125,7 @@ def test_is_the_mean_of_the_answers_tokens(settings: dict[str, Any]) -> None:
     assert {name: int(n) for name, n in totals.items()} == {"answer_prompts": 2 * calls, "answer_too_long": 0}
 
 
+@pytest.mark.slow
 def test_learning_the_answers_shows() -> None:
     """A few supervised updates on the answers, at the recorded writers' prompts, raise them there and elsewhere."""
     before = np.asarray(produced(recorded(), roles=ANSWERING)[0].answer_logp)

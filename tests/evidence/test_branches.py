@@ -218,6 +218,7 @@ def test_bad_requests_get_a_sentence() -> None:
 # From the agent to the evidence
 
 
+@pytest.mark.slow
 def test_the_producer_comes_near_the_true_values_of_a_known_policy() -> None:
     """Three recorded walks, 40 branches before each call: within four standard errors of the exact values and credits."""
     with Gateway(ChanceSampler(), chance.tokenizer()) as gateway:

@@ -33,6 +33,8 @@ from lightningrl.tabulate import table_from_rollouts
 from lightningrl.train import TrainStep, score_edges
 from tests.evidence.test_scorer import CONFIG, recorded, weights
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 # The shortest of two groups, and rows as short: a gradient of longer rows takes long to compile. Six micro-batches of two rows.
 RECORDED = [r for r in recorded() if all(len(t.prompt_ids) + len(t.response_ids) <= 64 for t in r.transitions)]

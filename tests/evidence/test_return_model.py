@@ -20,6 +20,8 @@ from lightningrl.runtime.store import Store
 from lightningrl.types import Rollout, Task, Transition
 from tests.batches import by_rollout, make_rollout, make_table
 
+pytestmark = pytest.mark.slow
+
 RECORDED = pathlib.Path(__file__).parents[2] / "notebooks" / "recorded" / "rollouts.sqlite"
 FIELDS: tuple[Field, ...] = get_args(Field)
 KEY = jax.random.key(0)

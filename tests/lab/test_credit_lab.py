@@ -17,6 +17,8 @@ from lightningrl.lab.figures import write_figures
 from lightningrl.lab.pairs import PAIRS
 from lightningrl.lab.report import REFERENCE, counted, less_than, level_with_first, mark, ranked, report_text, verdict
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "credit_lab"
 
 

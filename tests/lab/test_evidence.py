@@ -21,6 +21,8 @@ from lightningrl.lab.update import make_batch, make_evidence
 from lightningrl.table import Evidence
 from tests.lab.enumeration import every_rollout, means, policy
 
+pytestmark = pytest.mark.slow
+
 LOGITS = np.random.default_rng(7).normal(size=(STATES, ACTIONS)).astype(np.float32)
 REFERENCE = np.random.default_rng(8).normal(size=(STATES, ACTIONS)).astype(np.float32)
 PLAN = Plan("groups", groups=128, group_size=8)  # one for all tests: what is compiled for one serves the others

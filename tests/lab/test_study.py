@@ -16,6 +16,8 @@ from lightningrl.lab.process import TURNS
 from lightningrl.lab.producers import ESTIMATES, producer_errors
 from lightningrl.lab.study import Settings, Study, _against, _correlation
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("delayed_reward", "unequal_lengths")
 SETTINGS = Settings(seeds=2, batches=4, iterations=2, steps=96)
 
@@ -85,7 +87,6 @@ def test_repeated_to_the_last_bit(name):
             np.testing.assert_array_equal(x, other[key])
 
 
-@pytest.mark.slow
 def test_a_study_that_is_compiled_anew_gives_the_same_bits():
     again = Study(stacked(NAMES), SETTINGS).learn(PAIRS["gae + whiten"])
     np.testing.assert_array_equal(again["returns"], learned("gae + whiten")["returns"])
