@@ -53,8 +53,8 @@ def last_only(table: TransitionTable, evidence: Evidence) -> Credit:
 
       cᵢ,ₜ = 1[t last] Rᵢ
 
-    The credits of a rollout sum to its outcome. Calls before the last learn nothing, so this is a baseline to compare with
-    rather than a method to train by.
+    The credits of a rollout sum to its outcome. Calls before the last earn 0 whatever they did, and an advantage that takes a
+    positive mean off pushes all of them down: a baseline to compare with rather than a method to train by.
 
     Args:
       table: N transitions; R is `outcome[:, 0]`. Intermediate rewards are not read.
