@@ -30,7 +30,7 @@ from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree,
 from lightningrl.manifest import manifest
 from lightningrl.metrics import MetricsLog, plot_rewards
 from lightningrl.policy import Policy, save_policy
-from lightningrl.producers import Sources, make_producers
+from lightningrl.producers import Sources, check_sources, make_producers
 from lightningrl.progress import Progress
 from lightningrl.recipes import get_recipe
 from lightningrl.runtime.agents import load_function, load_tasks
@@ -84,6 +84,7 @@ def fit(
     with settings_of_a_person():
         recipe = get_recipe(config.recipe)
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
+    check_sources(recipe, config)
     intermediate = intermediate_rewards(config.intermediate)
     sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
     if config.context_length % sampler_settings.chunk or config.context_length < 1:

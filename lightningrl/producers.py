@@ -16,7 +16,7 @@ from lightningrl.evidence.branches import branch_rollouts
 from lightningrl.evidence.endpoint_judge import endpoint_judge
 from lightningrl.evidence.greedy import greedy_rewards
 from lightningrl.evidence.hindsight import hindsight_logps, init_hindsight
-from lightningrl.evidence.judges import judge_rollouts, potentials
+from lightningrl.evidence.judges import Judge, judge_rollouts, potentials
 from lightningrl.evidence.process_rewards import (
     init_process_rewards,
     outcome_cross_entropy,
@@ -62,12 +62,30 @@ class Sources:
         return functools.partial(response_logps, score=self.step.score, rows=self.rows, multiple=batch_multiple(self.step.mesh))
 
 
-def make_producers(sources: Sources) -> tuple[Producer, ...]:
-    """One for each source that fills something the recipe needs, and no other, in a fixed order.
+def check_sources(recipe: Recipe, config: FitConfig) -> None:
+    """Refuses a recipe whose judge or potential was not given or cannot be imported, before anything is written."""
+    if "judge" in recipe.needs:
+        judge_of(recipe, config)
+    if "potential" in recipe.needs:
+        potential_of(recipe, config)
 
-    Raises:
-      UserError: a source of something that it needs has not been given.
-    """
+
+def judge_of(recipe: Recipe, config: FitConfig) -> Judge:
+    if config.judge:
+        return load_function(config.judge)
+    if config.judge_model:
+        return endpoint_judge(model=config.judge_model, base_url=config.judge_url)
+    raise UserError(f"recipe {recipe.name} needs a judge: give --judge=package.module:function or --judge_model=NAME")
+
+
+def potential_of(recipe: Recipe, config: FitConfig) -> Callable[..., Any]:
+    if config.potential:
+        return load_function(config.potential)
+    raise UserError(f"recipe {recipe.name} needs a potential: give --potential=package.module:function")
+
+
+def make_producers(sources: Sources) -> tuple[Producer, ...]:
+    """One for each source that fills something the recipe needs, and no other, in a fixed order."""
     return tuple(make(sources) for fills, make in MAKERS.items() if set(fills) & set(sources.recipe.needs))
 
 
@@ -138,20 +156,13 @@ def _process_rewards(s: Sources) -> Producer:
 
 
 def _judge(s: Sources) -> Producer:
-    if s.config.judge:
-        judge = load_function(s.config.judge)
-    elif s.config.judge_model:
-        judge = endpoint_judge(model=s.config.judge_model, base_url=s.config.judge_url)
-    else:
-        raise UserError(f"recipe {s.recipe.name} needs a judge: give --judge=package.module:function or --judge_model=NAME")
-    produce = functools.partial(judge_rollouts, judge=judge, concurrency=1 if s.config.judge else s.config.concurrency, multiple=s.multiple)
+    concurrency = 1 if s.config.judge else s.config.concurrency
+    produce = functools.partial(judge_rollouts, judge=judge_of(s.recipe, s.config), concurrency=concurrency, multiple=s.multiple)
     return Producer("judge", ("judge",), produce, _nothing)
 
 
 def _potential(s: Sources) -> Producer:
-    if not s.config.potential:
-        raise UserError(f"recipe {s.recipe.name} needs a potential: give --potential=package.module:function")
-    produce = functools.partial(potentials, potential=load_function(s.config.potential), multiple=s.multiple)
+    produce = functools.partial(potentials, potential=potential_of(s.recipe, s.config), multiple=s.multiple)
     return Producer("potential", ("potential",), produce, _nothing)
 
 

@@ -108,6 +108,9 @@ def test_a_port_in_use(config: CommandConfig, busy_port: int) -> None:
     ("settings", "sentence"),
     [
         ({"recipe": "magic"}, f"no recipe 'magic': choose one of {', '.join(sorted(RECIPES))}"),
+        ({"recipe": "judged"}, "recipe judged needs a judge: give --judge=package.module:function or --judge_model=NAME"),
+        ({"recipe": "judged", "judge": "nowhere:judge"}, "nowhere"),
+        ({"recipe": "shaped"}, "recipe shaped needs a potential: give --potential=package.module:function"),
         ({"data_parallel": 64}, "needs 64 devices"),
         ({"intermediate": ("applause",)}, "no intermediate reward 'applause': choose from repeated_call, tool_error"),
         ({"policy": "nowhere"}, "no policy at nowhere: give a folder that a run has left"),
