@@ -99,6 +99,16 @@ def _nothing(policy: Any) -> dict[str, float]:
     return {}
 
 
+def _of_a_persons_tasks(produce: Callable[..., Any]) -> Callable[..., Any]:
+    """A target that is no text, or a reward out of range, gets its sentence without a traceback."""
+
+    def said(*arguments: Any) -> Any:
+        with settings_of_a_person():
+            return produce(*arguments)
+
+    return said
+
+
 def _branches(s: Sources) -> Producer:
     per_point, gamma = s.config.branches_per_call, turn_discount(s.recipe)
 
@@ -132,7 +142,8 @@ def _hindsight(s: Sources) -> Producer:
 
 def _answers(s: Sources) -> Producer:
     settings = {"logps": s.logps, "tokenizer": s.policy.tokenizer, "roles": s.config.train_roles or None, "multiple": s.multiple}
-    return Producer("answers", ("answer_logp",), functools.partial(answer_logps, **settings), lambda policy: init_answers(), keeps="arrays")
+    produce = _of_a_persons_tasks(functools.partial(answer_logps, **settings))
+    return Producer("answers", ("answer_logp",), produce, lambda policy: init_answers(), keeps="arrays")
 
 
 def _process_rewards(s: Sources) -> Producer:
@@ -146,13 +157,8 @@ def _process_rewards(s: Sources) -> Producer:
         row_multiple=batch_multiple(s.step.mesh),
         multiple=s.multiple,
     )
-
-    def produce(*arguments: Any) -> Any:
-        with settings_of_a_person():  # a reward that its objective cannot learn from
-            return learn(*arguments)
-
     start = functools.partial(init_process_rewards, step)
-    return Producer("process_rewards", ("prm_logp", "prm_ref_logp"), produce, start, keeps="arrays")
+    return Producer("process_rewards", ("prm_logp", "prm_ref_logp"), _of_a_persons_tasks(learn), start, keeps="arrays")
 
 
 def _judge(s: Sources) -> Producer:

@@ -48,11 +48,12 @@ def own_calls(rollouts: Sequence[Rollout]) -> list[Rollout]:
     Those that sampled none come last: branches that ended where they started, whose outcomes count all the same.
     """
     used = trained_rollouts(rollouts)
-    own = [dataclasses.replace(r, transitions=tuple(sorted(r.transitions, key=lambda t: t.turn))[_shared(r) :]) for r in used]
+    own = [dataclasses.replace(r, transitions=tuple(sorted(r.transitions, key=lambda t: t.turn))[first_sampled(r) :]) for r in used]
     return [rollout for rollout in own if rollout.transitions] + [rollout for rollout in own if not rollout.transitions]
 
 
-def _shared(rollout: Rollout) -> int:
+def first_sampled(rollout: Rollout) -> int:
+    """The turn from which on a rollout's calls are its own; those before are its parent's."""
     return int(rollout.metrics.get("replayed_calls", 0)) if rollout.parent is not None else 0
 
 
@@ -63,7 +64,7 @@ def _paths(own: Sequence[Rollout]) -> list[list[int]]:
 
     def path(number: int) -> list[int]:
         rollout = own[number]
-        shared = _shared(rollout)
+        shared = first_sampled(rollout)
         if shared and rollout.parent not in by_id:
             raise ValueError(f"Rollout {rollout.id!r} was branched from {rollout.parent!r}, which is not among the rollouts of the table.")
         before = path(by_id[rollout.parent])[:shared] if shared and rollout.parent else []

@@ -18,6 +18,7 @@ import numpy as np
 from lightningrl.evidence.producer import RunRequests
 from lightningrl.table import Array, Evidence
 from lightningrl.tabulate import table_size, trained_rollouts
+from lightningrl.tabulate_tree import first_sampled
 from lightningrl.types import Replay, Rollout, RolloutRequest, Transition
 
 Points = Callable[[Rollout, np.random.Generator], Iterable[int]]  # the turns before which a rollout is branched
@@ -173,11 +174,6 @@ def describe_branches(rollouts: Sequence[Rollout], branches: Sequence[Rollout]) 
         "branch_calls": float(len(sampled)),
         "branch_tokens": float(sum(len(t.response_ids) for t in sampled)),
     }
-
-
-def first_sampled(rollout: Rollout) -> int:
-    """The turn from which on a rollout's calls are its own; those before are its parent's."""
-    return int(rollout.metrics.get("replayed_calls", 0)) if rollout.parent is not None else 0
 
 
 def _goes_on(branch: Rollout, parent: Rollout | None) -> bool:

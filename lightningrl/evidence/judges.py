@@ -16,7 +16,7 @@ import numpy as np
 
 from lightningrl.errors import UserError
 from lightningrl.table import Array, Evidence
-from lightningrl.tabulate import trained_rollouts
+from lightningrl.tabulate import table_size, trained_rollouts
 from lightningrl.types import Rollout
 
 Score = float | Sequence[float]  # of a rollout, or of each of its calls in order of turn
@@ -141,6 +141,6 @@ def _finite(value: Any, who: str, rollout: Rollout) -> float:
 def _padded(of_rollouts: Sequence[Sequence[Any]], multiple: int, *columns: int) -> np.ndarray:
     """float32 [N, *columns] in the table's order."""
     rows = [row for rollout in of_rollouts for row in rollout]
-    result = np.zeros((max(1, -(-len(rows) // multiple)) * multiple, *columns), np.float32)
+    result = np.zeros((table_size(len(rows), multiple), *columns), np.float32)
     result[: len(rows)] = np.reshape(np.array(rows, np.float32), (len(rows), *columns))
     return result

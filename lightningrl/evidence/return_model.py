@@ -24,7 +24,7 @@ from lightningrl.credit.shapley import MAX_CALLS
 from lightningrl.evidence.return_features import Calls, call_features
 from lightningrl.segments import masked_mean
 from lightningrl.table import Array, Evidence
-from lightningrl.tabulate import trained_rollouts
+from lightningrl.tabulate import table_size, trained_rollouts
 from lightningrl.types import Rollout
 
 Field = Literal["predicted_return", "attention", "coalition"]
@@ -141,7 +141,7 @@ def return_model(
         state = fit_returns(aux, calls, key, **settings, steps=steps, learning_rate=learning_rate, auxiliary=auxiliary)
     predicting = (aux if predict == "before" else state)["params"]
     predicted = jax.device_get(predict_returns(predicting, calls, **settings, coalition_calls=coalition_calls))
-    size = max(1, -(-int(calls.exists.sum()) // multiple)) * multiple
+    size = table_size(int(calls.exists.sum()), multiple)
     exists = np.asarray(calls.exists)
     return Evidence(**{name: x if name == "coalition" else _in_table(x, exists, size) for name, x in predicted.items()}), state
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lightningrl.advantages.baselines import Steps, rae_update
 from lightningrl.table import Array, Evidence
-from lightningrl.tabulate import role_names, table_from_rollouts, trained_rollouts
+from lightningrl.tabulate import role_names, table_from_rollouts, table_size, trained_rollouts
 from lightningrl.types import Rollout
 
 _update = jax.jit(rae_update, static_argnames="steps")
@@ -56,7 +56,7 @@ def role_baselines(
         raise ValueError(f"role_baselines has a decay of {decay}: it must be in [0, 1]")
     known = {name: float(value) for name, value in (aux or {}).items()}
     calls = sum(len(rollout.transitions) for rollout in trained_rollouts(rollouts))
-    size = max(1, -(-calls // multiple)) * multiple
+    size = table_size(calls, multiple)
     table, roles = table_from_rollouts(rollouts, size=size), role_names(rollouts)
     if not roles:
         return Evidence(role_baseline=np.zeros(size, np.float32)), known

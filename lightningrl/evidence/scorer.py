@@ -15,7 +15,7 @@ import numpy as np
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import PackedBatch, Rows, RowSettings, pack
 from lightningrl.table import Array, TokenTable
-from lightningrl.tabulate import trained_rollouts
+from lightningrl.tabulate import table_size, trained_rollouts
 from lightningrl.train import Scores
 from lightningrl.types import Rollout, Transition
 
@@ -104,7 +104,7 @@ def table_calls(rollouts: Sequence[Rollout]) -> tuple[list[Transition], list[int
 
 def padded(values: np.ndarray, multiple: int) -> np.ndarray:
     """With zeros behind, up to the least multiple of `multiple` that is not 0 and holds the first axis."""
-    size = max(1, -(-len(values) // multiple)) * multiple
+    size = table_size(len(values), multiple)
     return np.pad(values, ((0, size - len(values)), *((0, 0) for _ in values.shape[1:])))
 
 

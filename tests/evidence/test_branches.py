@@ -18,13 +18,13 @@ from lightningrl.evidence.branches import (
     branch_values,
     describe_branches,
     every_call,
-    first_sampled,
     later_calls,
     random_calls,
 )
 from lightningrl.gateway import Gateway
 from lightningrl.runtime import Runner, rollout_requests
 from lightningrl.tabulate import table_from_rollouts
+from lightningrl.tabulate_tree import first_sampled
 from lightningrl.types import Replay, Rollout, RolloutRequest, Status, Task, Transition
 from tests import chance
 from tests.chance import ChanceSampler, Words, walk, words
