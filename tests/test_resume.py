@@ -7,8 +7,6 @@ import json
 import pathlib
 import random
 import sqlite3
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 
 from lightningrl.metrics import without_timings
 from lightningrl.policy import save_policy
+from tests.forked import Forked
 from tests.tiny import tiny_policy
 
 pytestmark = pytest.mark.slow
@@ -31,7 +30,7 @@ class Command:
 
     folder: pathlib.Path
 
-    def start(self, out: str, *more: str) -> subprocess.Popen[str]:
+    def start(self, out: str, *more: str) -> Forked:
         settings = {
             "agent": "tests.dense_agent:answer",
             "tasks": self.folder / "tasks.jsonl",
@@ -49,12 +48,12 @@ class Command:
             "slots": 8,
             "concurrency": 8,
         }
-        line = [sys.executable, "-m", "lightningrl.fit", *(f"--{name}={value}" for name, value in settings.items()), *more]
-        return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return Forked("lightningrl.fit", [*(f"--{name}={value}" for name, value in settings.items()), *more], cwd=ROOT)
 
     def run(self, out: str, *more: str) -> tuple[int, str]:
         process = self.start(out, *more)
-        _, errors = process.communicate(timeout=300)
+        errors = process.wait(timeout=300)
+        assert process.returncode is not None
         return process.returncode, errors
 
     def metrics(self, out: str) -> list[dict[str, Any]]:
@@ -140,7 +139,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(command: Command, whole: l
             process = command.start(out)
             until(process, command.folder / out, kinds[killed], rng.uniform(0, seconds / 2))
             process.kill()
-            _, errors = process.communicate()
+            errors = process.wait()
             assert process.returncode in (0, -9), errors
             now = command.stored(out)
             assert now | known == now, "a rollout that was stored was lost, or was run again"
@@ -164,7 +163,7 @@ def timings(command: Command, out: str) -> list[dict[str, float]]:
     return [{name: value for name, value in json.loads(line).items() if name.endswith("_seconds")} for line in lines]
 
 
-def until(process: subprocess.Popen[str], out: pathlib.Path, kind: str, delay: float) -> None:
+def until(process: Forked, out: pathlib.Path, kind: str, delay: float) -> None:
     """Waits for the moment to kill: a checkpoint half written, or some time after the run has opened its store."""
     opened = None
     while process.poll() is None:
