@@ -34,8 +34,7 @@ def pack_updates(rollouts: Sequence[Rollout], table: TransitionTable, updates: i
         index = [i for i in range(len(transitions)) if table.trainable[i] and table.group[i] % updates == u]
         if index:
             chosen = [transitions[i] for i in index]
-            owner = [int(table.rollout[i]) for i in index]
-            batches.append(pack(chosen, index, owner, rows, multiple=multiple))
+            batches.append(pack(chosen, index, rows, multiple=multiple))
     return batches
 
 

@@ -148,8 +148,7 @@ def _batches(
             tokens += sizes[d]
             if tokens >= settings.tokens_per_step:
                 flat = [t for demonstration in chosen for t in demonstration]
-                owner = [i for i, demonstration in enumerate(chosen) for _ in demonstration]
-                yield pack(flat, range(len(flat)), owner, rows, multiple=multiple)
+                yield pack(flat, range(len(flat)), rows, multiple=multiple)
                 chosen, tokens = [], 0
         epoch += 1
 

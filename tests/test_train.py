@@ -58,7 +58,7 @@ def packed_in(settings: RowSettings, seed: int = 3, multiple: int = 1) -> tuple[
     made = rollouts(seed)
     table = table_from_rollouts(made, size=32)
     flat = [t for r in made for t in r.transitions]
-    return pack(flat, range(len(flat)), table.rollout[: len(flat)].tolist(), settings, multiple=multiple), table
+    return pack(flat, range(len(flat)), settings, multiple=multiple), table
 
 
 def edges_of(packed: PackedBatch, table: Any, step: TrainStep, params: Any) -> EdgeBatch:

@@ -89,7 +89,7 @@ def answer_logps(
         for states in answer_prompts(rollout, tokenizer=tokenizer, roles=roles):
             prompts += [_answered(rollout, np.concatenate([state, opened]), answer) for state in states]
             owner += [number, number]
-    scored = logps(policy, prompts, owner)
+    scored = logps(policy, prompts)
     means = np.array(_carried(scored, owner), np.float32).reshape(-1, 2)
     counts = {"answer_prompts": len(scored), "answer_too_long": sum(x is None for x in scored)}
     totals = {name: np.asarray(aux[name] + n, np.int64) for name, n in counts.items()}

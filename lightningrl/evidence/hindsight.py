@@ -71,10 +71,10 @@ def hindsight_logps(
     Raises:
       ValueError: a prompt doesn't end with the opening of an assistant's turn, such as one of the text completion endpoint.
     """
-    transitions, owner = table_calls(rollouts)
+    transitions, _ = table_calls(rollouts)
     prompts = hindsight_prompts(rollouts, tokenizer=tokenizer, say=say, role=role)
     told = [dataclasses.replace(t, prompt_ids=prompt) for t, prompt in zip(transitions, prompts, strict=True)]
-    scored = logps(policy, [*transitions, *told], [*owner, *owner])
+    scored = logps(policy, [*transitions, *told])
     without, given = scored[: len(told)], scored[len(told) :]
     own = np.array([_total(x) for x in without], np.float32)
     hindsight = np.array([_total(x) if x is not None else y for x, y in zip(given, own, strict=True)], np.float32)

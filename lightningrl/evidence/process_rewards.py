@@ -135,7 +135,7 @@ def process_rewards(
     used = trained_rollouts(rollouts)
     transitions, owner = table_calls(used)
     lengths = [len(t.response_ids) for t in transitions]
-    packed = pack(transitions, range(len(transitions)), owner, rows, multiple=row_multiple)
+    packed = pack(transitions, range(len(transitions)), rows, multiple=row_multiple)
 
     def logps(params: Params) -> np.ndarray:
         return by_response(packed.edges, edge_logps(params, packed, score=step.score), lengths)

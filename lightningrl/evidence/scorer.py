@@ -20,25 +20,24 @@ from lightningrl.train import Scores
 from lightningrl.types import Rollout, Transition
 
 Score = Callable[[Params, Sequence[Rows], TokenTable], Scores]  # `TrainStep.score`
-# (params, transitions, owner of each) -> what `response_logps` returns, once its settings are fixed
-ResponseLogps = Callable[[Params, Sequence[Transition], Sequence[int]], list[np.ndarray | None]]
+# (params, transitions) -> what `response_logps` returns, once its settings are fixed
+ResponseLogps = Callable[[Params, Sequence[Transition]], list[np.ndarray | None]]
 
 _ASKED = {"role": "user", "content": "?"}
 _ANSWERED = {"role": "assistant", "content": "!"}
 
 
 def response_logps(
-    params: Params, transitions: Sequence[Transition], owner: Sequence[int], *, score: Score, rows: RowSettings, multiple: int = 1
+    params: Params, transitions: Sequence[Transition], *, score: Score, rows: RowSettings, multiple: int = 1
 ) -> list[np.ndarray | None]:
     """log π(yₖ | x, y₀ … yₖ₋₁) of every token of every response, of the distribution at the transition's temperature.
 
     Order and company change nothing but rounding. A prompt and response that occur several times at one temperature are computed
-    once. `score` only ever sees one micro-batch at a time, in the shapes of `rows`: it is compiled once a row length.
+    once. `score` only ever sees one micro-batch at a time, in the few shapes of `rows`.
 
     Args:
       params: of the policy to ask.
       transitions: their prompts may have been changed. Temperature 0 counts as 1, as in training.
-      owner: one for each transition; those of one owner share the tokens of a common beginning, as calls of a rollout do.
       score: reads, such as `TrainStep.score`.
       rows: the shapes that training uses.
       multiple: rows of a micro-batch are a multiple of it, the number of devices that share them.
@@ -63,7 +62,7 @@ def response_logps(
     if not chosen:
         return results
     asked = [transitions[i] for i in chosen]
-    packed = pack(asked, range(len(asked)), [owner[i] for i in chosen], rows, multiple=multiple)
+    packed = pack(asked, range(len(asked)), rows, multiple=multiple)
     lengths = [len(t.response_ids) for t in asked]
     flat = by_response(packed.edges, edge_logps(params, packed, score=score), lengths)
     computed = np.split(flat, np.cumsum(lengths)[:-1])

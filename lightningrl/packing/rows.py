@@ -1,9 +1,8 @@
-"""Packs transitions into rows.
+"""Packs transitions into rows of fixed shape, each distinct token once.
 
-Within a rollout, a transition whose prompt goes on from an earlier one (its ids start with the earlier prompt + response) shares
-that one's tokens: together they are a chain, the simplest trie. Chains are placed first-fit decreasing into rows of the
-shortest length that holds them, rows into micro-batches of fixed shape. How they are placed changes no loss: an edge
-names its node, and nobody sees another chain (`model.attention.tree_mask`).
+The transitions of a batch, sorted, are one token trie (`packing.trie`). It is cut into pieces that fit a row, the pieces are
+placed first-fit decreasing into rows, rows into micro-batches of fixed shape. How they are placed changes no loss: an edge
+names its node, and a token sees only those above it in its trie (`model.attention.tree_mask`).
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from flax import struct
 
+from lightningrl.packing.trie import SortedSequences, lay_out, ranges, sort_sequences, split
 from lightningrl.table import Array, TokenTable
 from lightningrl.types import Transition
+
+MOST_EDGES = 8  # times `RowSettings.edges`: the largest edge table of a micro-batch
 
 
 @struct.dataclass
@@ -29,11 +31,11 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """The few shapes that the step is compiled for."""
+    """The few shapes that the step is compiled for: every row length with E = edges, 2 · edges, … MOST_EDGES · edges."""
 
     lengths: tuple[int, ...] = (256,)  # row lengths, ascending
     tokens: int = 2048  # tokens of a micro-batch, B · T
-    edges: int = 512  # edges of a micro-batch, E; at least the longest row
+    edges: int = 512  # edges of a micro-batch, at least; no less than the longest row
 
     def __post_init__(self) -> None:
         if tuple(sorted(set(self.lengths))) != self.lengths:
@@ -53,146 +55,136 @@ class PackedBatch:
     rows: tuple[Rows, ...]
     edges: TokenTable  # every field [micro-batches, E]; old_logp and ref_logp still 0
     row_tokens: int  # tokens had every transition its own row, without padding
-    computed_tokens: int  # tokens in chains
+    computed_tokens: int  # tokens in tries
 
     @property
     def reuse_ratio(self) -> float:
         return self.row_tokens / max(self.computed_tokens, 1)
 
 
-@dataclasses.dataclass
-class _Chain:
-    ids: np.ndarray  # the longest member's prompt + response
-    members: list[int]  # positions in the list of transitions
-    edges: int  # response tokens of all members; a token that several of them hold counts for each
-
-
 def pack(
     transitions: Sequence[Transition],
     index: Sequence[int],
-    rollout: Sequence[int],
     settings: RowSettings,
     *,
     multiple: int = 1,
+    share: bool = True,
 ) -> PackedBatch:
     """Packs some transitions of a table.
 
     Args:
-      transitions: those to pack; index: the entry of each in the TransitionTable; rollout: the rollout of each, as
-        transitions share tokens only within one. `multiple`: every B is a multiple of it.
+      transitions: those to pack; index: the entry of each in the TransitionTable. `multiple`: every B is a multiple of it.
+      share: false computes every transition's tokens for itself; the loss is the same, but for rounding.
 
     Raises:
       ValueError: a transition is longer than the longest row, or none was given.
     """
     if not transitions:
         raise ValueError("there is no transition to train on: every rollout failed, or none of its calls is trainable")
-    chains = _chains(transitions, rollout, settings.edges)
-    longest = max(len(c.ids) for c in chains)
-    if longest > settings.lengths[-1]:
-        raise ValueError(
-            f"a call of {longest} tokens does not fit a row of {settings.lengths[-1]}: raise the row length or lower the context"
-        )
+    sequences = sort_sequences([np.concatenate([t.prompt_ids, t.response_ids]) for t in transitions], share=share)
+    longest, capacity = int(sequences.length.max()), settings.lengths[-1]
+    if longest > capacity:
+        raise ValueError(f"a call of {longest} tokens does not fit a row of {capacity}: raise the row length or lower the context")
+    responses = np.array([len(transitions[i].response_ids) for i in sequences.index], np.int64)
+    most_edges = _edges(settings, int(responses.sum()), int(sequences.added.sum()))
+    pieces = [
+        _Piece(np.arange(a, b), int(sequences.added[a:b].sum() + sequences.shared[a]), int(responses[a:b].sum()))
+        for a, b in split(sequences, responses, tokens=capacity, most_edges=most_edges)
+    ]
     rows: list[Rows] = []
     edges: list[dict[str, np.ndarray]] = []
-    for length, group in _by_length(chains, settings.lengths):
-        for batch in _fill(group, length, settings.rows(length, multiple), settings.edges):
-            made, table = _lay_out(batch, transitions, index, length, settings.rows(length, multiple), settings.edges)
+    computed = 0
+    for length, group in _by_length(pieces, settings.lengths):
+        count = settings.rows(length, multiple)
+        for batch in _first_fit_decreasing(group, length, count, most_edges):
+            made, members, nodes = _lay_out(batch, sequences, length, count)
+            chosen = sequences.index[members].tolist()
             rows.append(made)
-            edges.append(table)
+            computed += int(np.count_nonzero(made.end))
+            edges.append(_edge_table([transitions[i] for i in chosen], [index[i] for i in chosen], nodes, most_edges))
     return PackedBatch(
         rows=tuple(rows),
         edges=TokenTable(**{name: np.stack([e[name] for e in edges]) for name in edges[0]}),
-        row_tokens=sum(len(t.prompt_ids) + len(t.response_ids) for t in transitions),
-        computed_tokens=sum(len(c.ids) for c in chains),
+        row_tokens=int(sequences.length.sum()),
+        computed_tokens=computed,
     )
 
 
-def _chains(transitions: Sequence[Transition], rollout: Sequence[int], edges: int) -> list[_Chain]:
-    """Longest first within a rollout, so that a prefix always meets the chain it is part of. None has more than `edges` edges."""
-    by_rollout: dict[int, list[int]] = {}
-    for i, r in enumerate(rollout):
-        by_rollout.setdefault(r, []).append(i)
-    chains: list[_Chain] = []
-    for members in by_rollout.values():
-        mine: list[_Chain] = []
-        ids = {i: np.concatenate([transitions[i].prompt_ids, transitions[i].response_ids]) for i in members}
-        for i in sorted(members, key=lambda i: (-len(ids[i]), i)):
-            cost = len(transitions[i].response_ids)
-            host = next((c for c in mine if c.edges + cost <= edges and np.array_equal(c.ids[: len(ids[i])], ids[i])), None)
-            if host is None:
-                mine.append(_Chain(ids[i], [i], cost))
-            else:
-                host.members.append(i)
-                host.edges += cost
-        chains.extend(mine)
-    return chains
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    members: np.ndarray  # int64, places in the sorted sequences, ascending
+    tokens: int
+    edges: int  # response tokens of all members; a token that several of them hold counts for each
 
 
-def _by_length(chains: list[_Chain], lengths: tuple[int, ...]) -> list[tuple[int, list[_Chain]]]:
-    groups: list[list[_Chain]] = [[] for _ in lengths]
-    for chain in chains:
-        groups[next(i for i, length in enumerate(lengths) if len(chain.ids) <= length)].append(chain)
+def _edges(settings: RowSettings, edges: int, tokens: int) -> int:
+    """E: the smallest table that does not have a micro-batch run out of edges before it runs out of tokens, with a tenth to spare."""
+    wanted = min(edges, 1.1 * edges * settings.tokens / tokens)
+    size = settings.edges
+    while size < wanted and size < MOST_EDGES * settings.edges:
+        size *= 2
+    return size
+
+
+def _by_length(pieces: list[_Piece], lengths: tuple[int, ...]) -> list[tuple[int, list[_Piece]]]:
+    groups: list[list[_Piece]] = [[] for _ in lengths]
+    for piece in pieces:
+        groups[next(i for i, length in enumerate(lengths) if piece.tokens <= length)].append(piece)
     return [(length, group) for length, group in zip(lengths, groups, strict=True) if group]
 
 
-def _fill(chains: list[_Chain], length: int, rows: int, edges: int) -> list[list[list[_Chain]]]:
-    """First-fit decreasing: micro-batches of rows of chains, none over its tokens or edges."""
-    batches: list[list[list[_Chain]]] = []
-    room: list[list[int]] = []  # per batch and row
-    edges_left: list[int] = []
-    for chain in sorted(chains, key=lambda c: -len(c.ids)):  # stable: ties keep their order
-        size, cost = len(chain.ids), chain.edges
-        for b in range(len(batches) + 1):
-            if b == len(batches):
-                batches.append([])
-                room.append([])
-                edges_left.append(edges)
-            if cost > edges_left[b]:
-                continue
-            row = next((r for r, left in enumerate(room[b]) if left >= size), None)
-            if row is None and len(batches[b]) < rows:
-                row = len(batches[b])
-                batches[b].append([])
-                room[b].append(length)
-            if row is not None:
-                batches[b][row].append(chain)
-                room[b][row] -= size
-                edges_left[b] -= cost
-                break
-    return batches
+def _first_fit_decreasing(pieces: list[_Piece], length: int, rows: int, edges: int) -> list[list[list[_Piece]]]:
+    """Micro-batches of rows of pieces, none over its tokens or edges."""
+    placed: list[list[_Piece]] = []  # of every row
+    room = np.zeros(0, np.int64)  # of every row, its tokens left
+    edges_left = np.zeros(0, np.int64)  # of every micro-batch
+    for piece in sorted(pieces, key=lambda p: -p.tokens):  # stable: ties keep their order
+        fits = (room >= piece.tokens) & (np.repeat(edges_left, rows) >= piece.edges)
+        if not fits.any():
+            placed += [[] for _ in range(rows)]
+            room, edges_left = np.append(room, np.full(rows, length)), np.append(edges_left, edges)
+            fits = np.append(fits, np.ones(rows, bool))
+        row = int(np.argmax(fits))
+        placed[row].append(piece)
+        room[row] -= piece.tokens
+        edges_left[row // rows] -= piece.edges
+    return [placed[i : i + rows] for i in range(0, len(placed), rows)]
 
 
-def _lay_out(
-    batch: list[list[_Chain]], transitions: Sequence[Transition], index: Sequence[int], length: int, rows: int, edges: int
-) -> tuple[Rows, dict[str, np.ndarray]]:
+def _lay_out(batch: list[list[_Piece]], sequences: SortedSequences, length: int, rows: int) -> tuple[Rows, np.ndarray, list[np.ndarray]]:
+    """The rows, and of every sequence in them its place in the sorted list and its tokens' places in the rows, end to end."""
     tokens, positions, end = (np.zeros((rows, length), np.int32) for _ in range(3))
-    table = {
-        "transition": np.zeros(edges, np.int32),
-        "k": np.zeros(edges, np.int32),
-        "node": np.zeros(edges, np.int32),
-        "token": np.zeros(edges, np.int32),
-        "temperature": np.ones(edges, np.float32),
-        "old_logp": np.zeros(edges, np.float32),
-        "behaviour_logp": np.zeros(edges, np.float32),
-        "ref_logp": np.zeros(edges, np.float32),
-        "mask": np.zeros(edges, bool),
-    }
-    at = 0
+    all_members, all_nodes = [], []
     for r, row in enumerate(batch):
-        offset = 0
-        for chain in row:
-            span = slice(offset, offset + len(chain.ids))
-            tokens[r, span], positions[r, span], end[r, span] = chain.ids, np.arange(len(chain.ids)), span.stop
-            for i in chain.members:
-                t, n = transitions[i], len(transitions[i].response_ids)
-                here = slice(at, at + n)
-                table["transition"][here] = index[i]
-                table["k"][here] = np.arange(n)
-                table["node"][here] = r * length + offset + len(t.prompt_ids) - 1 + np.arange(n)
-                table["token"][here] = t.response_ids
-                table["temperature"][here] = t.temperature if t.temperature > 0 else 1.0
-                table["behaviour_logp"][here] = t.logprobs
-                table["mask"][here] = True
-                at += n
-            offset += len(chain.ids)
-    return Rows(tokens=tokens, positions=positions, end=end), table
+        if row:
+            members = np.sort(np.concatenate([piece.members for piece in row]))  # side by side, pieces of one trie share again
+            made = lay_out(sequences, members)
+            span = slice(0, len(made.tokens))
+            tokens[r, span], positions[r, span], end[r, span] = made.tokens, made.positions, made.end
+            all_members.append(members)
+            all_nodes += [nodes + r * length for nodes in made.nodes]
+    return Rows(tokens=tokens, positions=positions, end=end), np.concatenate(all_members), all_nodes
+
+
+def _edge_table(transitions: list[Transition], index: list[int], nodes: list[np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """The response tokens of some transitions, one after the other, padded to `size`. A token's node is the one before it."""
+    counts = np.array([len(t.response_ids) for t in transitions], np.int64)
+
+    def column(values: np.ndarray, dtype: type, padding: float = 0) -> np.ndarray:
+        return np.concatenate([values.astype(dtype), np.full(size - len(values), padding, dtype)])
+
+    def joined(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays) if arrays else np.zeros(0)
+
+    return {
+        "transition": column(np.repeat(index, counts), np.int32),
+        "k": column(ranges(counts), np.int32),
+        "node": column(joined([n[len(t.prompt_ids) - 1 : len(n) - 1] for n, t in zip(nodes, transitions, strict=True)]), np.int32),
+        "token": column(joined([t.response_ids for t in transitions]), np.int32),
+        # A greedy call is scored as what it was drawn from, at temperature 1.
+        "temperature": column(np.repeat([t.temperature if t.temperature > 0 else 1.0 for t in transitions], counts), np.float32, 1),
+        "old_logp": np.zeros(size, np.float32),
+        "behaviour_logp": column(joined([t.logprobs for t in transitions]), np.float32),
+        "ref_logp": np.zeros(size, np.float32),
+        "mask": column(np.ones(int(counts.sum())), bool),
+    }

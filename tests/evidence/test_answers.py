@@ -133,7 +133,7 @@ def test_learning_the_answers_shows() -> None:
         ask(r.transitions[0].prompt_ids, [*ids(true_answer(r.task)), tokenizer().eos_token_id])
         for r in {r.group: r for r in recorded()}.values()
     ]
-    packed = pack(shown, range(3), range(3), ROWS)
+    packed = pack(shown, range(3), ROWS)
     zeros = np.zeros(packed.edges.mask.shape, np.float32)
     counts = UnitCounts(sequence_tokens=zeros, rollout_tokens=zeros, group_tokens=zeros)
     edges = EdgeBatch(tokens=packed.edges, counts=counts, advantage=zeros, old_value=zeros, value_target=zeros)
@@ -153,8 +153,8 @@ def test_a_state_without_room_for_the_answer_is_no_gain() -> None:
         len(rollout.transitions[2].prompt_ids) + len(ids(true_answer(rollout.task))) + 1
     )  # the first rewriter's state fits, none after it
 
-    def tight(params: Params, asked: Sequence[Transition], owner: Sequence[int]) -> list[np.ndarray | None]:
-        return [x if len(t.prompt_ids) <= room else None for t, x in zip(asked, LOGPS(params, asked, owner), strict=True)]
+    def tight(params: Params, asked: Sequence[Transition]) -> list[np.ndarray | None]:
+        return [x if len(t.prompt_ids) <= room else None for t, x in zip(asked, LOGPS(params, asked), strict=True)]
 
     made, totals = produced([rollout], logps=tight, roles=ANSWERING)
     expected = whole.copy()

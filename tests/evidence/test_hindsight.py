@@ -81,9 +81,9 @@ def test_a_told_prompt_that_does_not_fit_says_nothing() -> None:
     transitions, _ = table_calls(recorded())
     longest = max(len(t.prompt_ids) + len(t.response_ids) for t in transitions)
 
-    def tight(params: Params, asked: Sequence[Transition], owner: Sequence[int]) -> list[np.ndarray | None]:
+    def tight(params: Params, asked: Sequence[Transition]) -> list[np.ndarray | None]:
         fits = [len(t.prompt_ids) + len(t.response_ids) <= longest for t in asked]
-        return [logp if fit else None for fit, logp in zip(fits, LOGPS(params, asked, owner), strict=True)]
+        return [logp if fit else None for fit, logp in zip(fits, LOGPS(params, asked), strict=True)]
 
     made, totals = produced(recorded(), tight)
     added = len(hindsight_prompts(recorded()[:1], tokenizer=tokenizer())[0]) - len(transitions[0].prompt_ids)

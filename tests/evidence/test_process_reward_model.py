@@ -120,7 +120,7 @@ def test_outcomes_outside_the_unit_interval_are_refused_by_cross_entropy() -> No
 def gradients() -> dict[Objective, Any]:
     """∇ of each loss itself, by jax, of every micro-batch at once."""
     transitions, owner = table_calls(RECORDED)
-    packed = pack(transitions, range(CALLS), owner, ROWS)
+    packed = pack(transitions, range(CALLS), ROWS)
     rollout = jnp.asarray(owner)[packed.edges.transition]
     every = (jax.tree.map(lambda *x: jnp.stack(x), *packed.rows), jax.tree.map(jnp.asarray, packed.edges))
     reference = edge_logps(weights(1), packed, score=learner().score)
@@ -163,10 +163,10 @@ def test_it_learns_the_recorded_outcomes(objective: Objective) -> None:
 
 def test_tokens_are_in_order_of_transition_and_k() -> None:
     made, _ = produced(start(), multiple=256, update_first=False)
-    transitions, owner = table_calls(RECORDED)
+    transitions, _ = table_calls(RECORDED)
     tokens = sum(LENGTHS)
     for logp, params in ((made.prm_logp, weights()), (made.prm_ref_logp, weights(1))):
-        expected = np.concatenate(response_logps(params, transitions, owner, score=learner().score, rows=ROWS))
+        expected = np.concatenate(response_logps(params, transitions, score=learner().score, rows=ROWS))
         assert logp is not None and logp.dtype == np.float32 and logp.shape == (-(-tokens // 256) * 256,)
         np.testing.assert_allclose(logp[:tokens], expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(logp[tokens:], 0.0)

@@ -107,11 +107,11 @@ def one_row(params: Params, t: Transition) -> np.ndarray:
     return np.array(result)
 
 
-def some_calls() -> tuple[list[Transition], list[int]]:
+def some_calls() -> list[Transition]:
     """Recorded calls at several temperatures, a greedy one among them, some twice."""
-    transitions, owner = table_calls(recorded()[:8])
+    transitions, _ = table_calls(recorded()[:8])
     tempered = [dataclasses.replace(t, temperature=(1.0, 0.7, 0.0)[i % 3]) for i, t in enumerate(transitions)]
-    return tempered + tempered[:5], owner + owner[:5]
+    return tempered + tempered[:5]
 
 
 def assert_close(result: Sequence[Any], expected: Sequence[Any]) -> None:
@@ -121,8 +121,8 @@ def assert_close(result: Sequence[Any], expected: Sequence[Any]) -> None:
 
 
 def test_is_that_of_one_row_after_another() -> None:
-    transitions, owner = some_calls()
-    result = LOGPS(weights(), transitions, owner)
+    transitions = some_calls()
+    result = LOGPS(weights(), transitions)
     expected = [one_row(weights(), t) for t in transitions]
     assert_close(result, expected)
     assert all(r is not None and r.dtype == np.float32 for r in result)
@@ -130,15 +130,14 @@ def test_is_that_of_one_row_after_another() -> None:
 
 
 def test_order_and_company_change_nothing() -> None:
-    transitions, owner = some_calls()
-    expected = LOGPS(weights(), transitions, owner)
+    transitions = some_calls()
+    expected = LOGPS(weights(), transitions)
     order = np.random.default_rng(0).permutation(len(transitions))
-    moved = LOGPS(weights(), [transitions[i] for i in order], [owner[i] for i in order])
+    moved = LOGPS(weights(), [transitions[i] for i in order])
     assert_close(moved, [expected[i] for i in order])
-    assert_close(LOGPS(weights(), transitions, range(len(transitions))), expected)  # nothing shared
     other = functools.partial(response_logps, score=step().score, rows=RowSettings((64, 128), 512, 192), multiple=2)
-    assert_close(other(weights(), transitions, owner), expected)
-    assert_close(LOGPS(weights(), transitions[3:4], [0]), expected[3:4])
+    assert_close(other(weights(), transitions), expected)
+    assert_close(LOGPS(weights(), transitions[3:4]), expected[3:4])
 
 
 class Watched:
@@ -156,16 +155,16 @@ class Watched:
 
 def test_sees_one_shape_whatever_there_is_to_score() -> None:
     watched = Watched()
-    transitions, owner = some_calls()
+    transitions = some_calls()
     for count in (1, 7, len(transitions)):
-        response_logps(weights(), transitions[:count], owner[:count], score=watched, rows=ROWS)
+        response_logps(weights(), transitions[:count], score=watched, rows=ROWS)
     assert watched.shapes == {(((8, 128),), (1, 256))}
 
 
 def test_what_occurs_again_is_computed_once() -> None:
     watched, t = Watched(), recorded()[0].transitions[0]
     again = [t, dataclasses.replace(t, turn=5), dataclasses.replace(t, temperature=0.5), t]
-    first, second, cold, third = response_logps(weights(), again, [0, 1, 2, 3], score=watched, rows=ROWS)
+    first, second, cold, third = response_logps(weights(), again, score=watched, rows=ROWS)
     assert watched.tokens == 2 * len(t.response_ids)
     assert first is not None and cold is not None
     np.testing.assert_array_equal(first, second)
@@ -178,24 +177,24 @@ def test_what_does_not_fit_is_none_and_what_is_empty_is_empty() -> None:
     full = np.resize(t.prompt_ids, 128 - len(t.response_ids)).astype(np.int32)
     nothing = dataclasses.replace(t, response_ids=t.response_ids[:0], logprobs=t.logprobs[:0])
     asked = [dataclasses.replace(t, prompt_ids=np.append(full, full[0])), nothing, t, dataclasses.replace(t, prompt_ids=full)]
-    long, empty, short, just = LOGPS(weights(), asked, range(4))
+    long, empty, short, just = LOGPS(weights(), asked)
     assert long is None
     assert empty is not None and empty.shape == (0,)
     assert just is not None
     assert_close([short, just], [one_row(weights(), t), one_row(weights(), asked[3])])
-    assert LOGPS(weights(), asked[:1], [0]) == [None]
-    assert LOGPS(weights(), [], []) == []
+    assert LOGPS(weights(), asked[:1]) == [None]
+    assert LOGPS(weights(), []) == []
 
 
 def test_an_empty_prompt_is_refused() -> None:
     t = recorded()[0].transitions[0]
     with pytest.raises(ValueError, match="prompt of response 1 is empty"):
-        LOGPS(weights(), [t, dataclasses.replace(t, prompt_ids=t.prompt_ids[:0])], [0, 0])
+        LOGPS(weights(), [t, dataclasses.replace(t, prompt_ids=t.prompt_ids[:0])])
 
 
 def test_values_in_order_of_response_are_those_of_a_loop() -> None:
-    transitions, owner = table_calls(recorded()[:4])
-    packed = pack(transitions, range(len(transitions)), owner, ROWS)
+    transitions, _ = table_calls(recorded()[:4])
+    packed = pack(transitions, range(len(transitions)), ROWS)
     values = np.random.default_rng(0).normal(size=packed.edges.mask.shape).astype(np.float32)
     lengths = [len(t.response_ids) for t in transitions]
     expected = np.zeros(sum(lengths))
@@ -205,7 +204,7 @@ def test_values_in_order_of_response_are_those_of_a_loop() -> None:
     np.testing.assert_array_equal(by_response(packed.edges, values, lengths), expected.astype(np.float32))
     assert_close(
         [by_response(packed.edges, edge_logps(weights(), packed, score=step().score), lengths)],
-        [np.concatenate(LOGPS(weights(), transitions, owner))],
+        [np.concatenate(LOGPS(weights(), transitions))],
     )
 
 

@@ -1,4 +1,4 @@
-"""Where transitions lie in rows changes no log-prob, loss or gradient; limits are kept and errors say what is wrong."""
+"""Where transitions lie in rows, and what they share there, changes no loss or gradient; limits are kept, errors say what is right."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def close(result: object, expected: object) -> None:
 
 
 @functools.cache
-def batch() -> tuple[tuple[Transition, ...], tuple[int, ...], object, np.ndarray]:
-    """Transitions, their rollouts, the table, and each one's advantage."""
+def batch() -> tuple[tuple[Transition, ...], object, np.ndarray]:
+    """Transitions, the table, and each one's advantage."""
     made = rollouts()
     table = table_from_rollouts(made, size=32)
     advantage = np.random.default_rng(0).normal(size=32).astype(np.float32)
     flat = tuple(t for r in made for t in r.transitions)
-    return flat, tuple(int(i) for i in table.rollout[: len(flat)]), table, advantage
+    return flat, table, advantage
 
 
-def packed_in(settings: RowSettings, seed: int, merge: bool = True) -> PackedBatch:
-    transitions, owner, _, _ = batch()
+def packed_in(settings: RowSettings, seed: int, share: bool = True) -> PackedBatch:
+    transitions = batch()[0]
     order = np.random.default_rng(seed).permutation(len(transitions)).tolist()
-    return pack([transitions[i] for i in order], order, [owner[i] if merge else i for i in order], settings)
+    return pack([transitions[i] for i in order], order, settings, share=share)
 
 
 def by_edge(packed: PackedBatch, values: object) -> dict[tuple[int, int], float]:
@@ -82,7 +82,7 @@ def one_by_one(params: object) -> tuple[jax.Array, jax.Array]:
 @functools.cache
 def alone() -> tuple[dict[tuple[int, int], float], float, object]:
     """By edge the log-prob, and the loss and gradients of the whole batch, without rows."""
-    transitions, _, table, advantage = batch()
+    transitions, table, advantage = batch()
     pairs = [(i, k) for i, t in enumerate(transitions) for k in range(len(t.response_ids))]
     which, k = (np.array(x, np.int32) for x in zip(*pairs, strict=True))
     flat = lambda name: np.concatenate([getattr(t, name) for t in transitions])  # noqa: E731
@@ -116,16 +116,16 @@ def step() -> TrainStep:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("settings", LAYOUTS)
-def test_the_layout_changes_no_logprob_loss_or_gradient(settings: RowSettings, merge: bool) -> None:
+def test_the_layout_changes_no_logprob_loss_or_gradient(settings: RowSettings, share: bool) -> None:
     logps, loss, gradients = alone()
-    packed = packed_in(settings, seed=settings.tokens + merge, merge=merge)
+    packed = packed_in(settings, seed=settings.tokens + share, share=share)
     scores = by_edge(packed, step().score(POLICY.params, packed.rows, packed.edges).logp)
     assert scores.keys() == logps.keys()
     close([scores[key] for key in logps], list(logps.values()))
 
-    _, _, table, advantage = batch()
+    _, table, advantage = batch()
     # Ratios away from 1 on both sides of the clip: what the sampler said stands for the old policy.
     edges = dataclasses.replace(packed.edges, old_logp=packed.edges.behaviour_logp)
     zeros = np.zeros(edges.mask.shape, np.float32)
@@ -135,46 +135,43 @@ def test_the_layout_changes_no_logprob_loss_or_gradient(settings: RowSettings, m
     jax.tree.map(close, state.opt_state.trace, gradients)
 
 
-def test_calls_that_go_on_share_the_tokens_of_their_chain() -> None:
+def test_calls_share_the_tokens_of_their_trie() -> None:
     first = call([1, 2, 3], [4, 5], 0)
     second = call([1, 2, 3, 4, 5, 6], [7], 1)
-    other = call([1, 2, 3], [4, 9], 2)  # branches off: a chain of its own
-    packed = pack([first, second, other], range(3), [0, 0, 0], RowSettings((16,), 32, 16))
+    other = call([1, 2, 3], [4, 9], 0)  # of another rollout, which may well begin alike
+    packed = pack([second, other, first], range(3), RowSettings((16,), 32, 16))
     assert packed.row_tokens == 5 + 7 + 5
-    assert packed.computed_tokens == 7 + 5
-    assert packed.reuse_ratio == 17 / 12
+    assert packed.computed_tokens == 7 + 1
+    assert packed.reuse_ratio == 17 / 8
     (rows,) = packed.rows
-    np.testing.assert_array_equal(rows.tokens[0, :12], [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 9])
-    np.testing.assert_array_equal(rows.positions[0, :12], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(rows.end[0], [7] * 7 + [12] * 5 + [0] * 4)
-    np.testing.assert_array_equal(packed.edges.node[0, :5], [5, 2, 3, 9, 10])  # the longest member first
-    np.testing.assert_array_equal(packed.edges.transition[0, :5], [1, 0, 0, 2, 2])
+    np.testing.assert_array_equal(rows.tokens[0, :8], [1, 2, 3, 4, 5, 6, 7, 9])
+    np.testing.assert_array_equal(rows.positions[0, :8], [0, 1, 2, 3, 4, 5, 6, 4])
+    np.testing.assert_array_equal(rows.end[0], [8] * 4 + [7] * 3 + [8] + [0] * 8)
+    np.testing.assert_array_equal(packed.edges.transition[0, :5], [2, 2, 0, 1, 1])
+    np.testing.assert_array_equal(packed.edges.node[0, :5], [2, 3, 5, 2, 3])
+    np.testing.assert_array_equal(packed.edges.token[0, :5], [4, 5, 7, 4, 9])
     np.testing.assert_array_equal(packed.edges.mask[0], [True] * 5 + [False] * 11)
 
 
-def test_calls_of_different_rollouts_share_nothing() -> None:
-    same = [call([1, 2, 3], [4, 5], 0)] * 3
-    assert pack(same, range(3), [0, 1, 2], RowSettings((16,), 32, 16)).computed_tokens == 15
-    assert pack(same, range(3), [0, 0, 0], RowSettings((16,), 32, 16)).computed_tokens == 5
-
-
 def test_equal_calls_of_more_edges_than_a_micro_batch_holds_are_all_kept() -> None:
-    same = [call([1], [2, 3, 4], 0)] * 9
-    packed = pack(same, range(9), [0] * 9, RowSettings((8,), 16, 8))
-    np.testing.assert_array_equal(np.bincount(packed.edges.transition[packed.edges.mask]), [3] * 9)
+    same = [call([1], [2, 3, 4], 0)] * 90
+    packed = pack(same, range(90), RowSettings((8,), 16, 8))
+    assert packed.edges.mask.shape[1] == 8 * 8  # the largest table
+    np.testing.assert_array_equal(np.bincount(packed.edges.transition[packed.edges.mask]), [3] * 90)
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("settings", LAYOUTS)
 def test_every_token_is_packed_once_and_within_the_limits(settings: RowSettings, multiple: int) -> None:
-    transitions, owner, _, _ = batch()
-    packed = pack(transitions, range(len(transitions)), owner, settings, multiple=multiple)
+    transitions = batch()[0]
+    packed = pack(transitions, range(len(transitions)), settings, multiple=multiple)
     for rows in packed.rows:
         count, length = rows.tokens.shape
         assert length in settings.lengths
         assert count % multiple == 0
         assert count * length <= max(settings.tokens, multiple * length)
-    assert packed.edges.mask.shape == (len(packed.rows), settings.edges)
+    assert len(packed.edges.mask) == len(packed.rows)
+    assert packed.edges.mask.shape[1] in {settings.edges * 2**i for i in range(4)}
     expected = {(i, k): int(token) for i, t in enumerate(transitions) for k, token in enumerate(t.response_ids)}
     assert by_edge(packed, packed.edges.token) == expected
     assert packed.edges.mask.sum() == len(expected)
@@ -183,15 +180,15 @@ def test_every_token_is_packed_once_and_within_the_limits(settings: RowSettings,
 
 def test_a_greedy_call_is_scored_at_temperature_1() -> None:
     greedy = dataclasses.replace(call([1, 2], [3], 0), temperature=0.0)
-    packed = pack([greedy], [0], [0], RowSettings((8,), 8, 8))
+    packed = pack([greedy], [0], RowSettings((8,), 8, 8))
     np.testing.assert_array_equal(packed.edges.temperature, np.ones((1, 8), np.float32))
 
 
 def test_errors_say_what_would_be_right() -> None:
     with pytest.raises(ValueError, match="a call of 9 tokens does not fit a row of 8: raise the row length or lower the context"):
-        pack([call(range(8), [1], 0)], [0], [0], RowSettings((8,), 8, 8))
+        pack([call(range(8), [1], 0)], [0], RowSettings((8,), 8, 8))
     with pytest.raises(ValueError, match="no transition to train on"):
-        pack([], [], [], RowSettings((8,), 8, 8))
+        pack([], [], RowSettings((8,), 8, 8))
     with pytest.raises(ValueError, match="must ascend"):
         RowSettings((16, 8), 64, 16)
     with pytest.raises(ValueError, match="edges=8 must be at least the longest row, 16"):

@@ -66,7 +66,7 @@ def test_logprobs_are_those_of_the_trainer() -> None:
         Transition(prompt, c.token_ids, c.logprobs, params.temperature, 0, "policy", 0)
         for (prompt, params, _), c in zip(work, done, strict=True)
     ]
-    packed = pack(transitions, range(len(work)), range(len(work)), RowSettings((64, 128), tokens=512, edges=256))
+    packed = pack(transitions, range(len(work)), RowSettings((64, 128), tokens=512, edges=256))
     for i, rows in enumerate(packed.rows):
         edges = jax.tree.map(lambda x, i=i: x[i], packed.edges)
         scores = score_edges(policy.params, policy.config, rows, edges)
