@@ -20,6 +20,7 @@ from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
+from lightningrl.model.token_scores import token_scores
 from lightningrl.packing.rows import Rows
 from lightningrl.recipe import Recipe
 from lightningrl.segments import safe_divide
@@ -86,14 +87,8 @@ def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTab
     """Log-prob, entropy and value of every edge, read at its node. Log-softmax in float32 of logits / τ."""
     hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end)
     at_nodes = hidden.reshape(-1, hidden.shape[-1])[edges.node]  # [E, D]: logits of action tokens only
-    logp = jax.nn.log_softmax(decoder.logits(params, config, at_nodes) / edges.temperature[:, None], axis=-1)
-    p = jnp.exp(logp)
-    return Scores(
-        logp=jnp.take_along_axis(logp, edges.token[:, None], axis=-1)[:, 0],
-        entropy=-jnp.sum(p * logp, axis=-1),
-        value=decoder.values(params, at_nodes),
-        sum_pi2=jnp.sum(p * p, axis=-1),
-    )
+    logp, entropy, sum_pi2 = token_scores(params, config, at_nodes, edges.token, edges.temperature)
+    return Scores(logp=logp, entropy=entropy, value=decoder.values(params, at_nodes), sum_pi2=sum_pi2)
 
 
 def loss_inputs(scores: Scores, edges: EdgeBatch) -> LossInputs:
