@@ -118,4 +118,5 @@ def that_fit(demonstrations: Sequence[Sequence[Transition]], context_length: int
 
 def row_settings(config: FitConfig) -> RowSettings:
     """One row length, that of the context: every further one costs a compilation of the step."""
-    return RowSettings(lengths=(config.context_length,))
+    length, usual = config.context_length, RowSettings()
+    return RowSettings(lengths=(length,), tokens=max(usual.tokens, length), edges=max(usual.edges, length))

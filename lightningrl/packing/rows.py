@@ -31,11 +31,11 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """The few shapes that the step is compiled for: every row length with E = edges, 2 · edges, … MOST_EDGES · edges."""
+    """The few shapes that the step is compiled for: every row length with B or B/2 rows and E = edges, 2 · edges, … MOST_EDGES · edges."""
 
     lengths: tuple[int, ...] = (256,)  # row lengths, ascending
-    tokens: int = 2048  # tokens of a micro-batch, B · T
-    edges: int = 512  # edges of a micro-batch, at least; no less than the longest row
+    tokens: int = 1024  # tokens of a micro-batch, B · T
+    edges: int = 256  # edges of a micro-batch, at least; no less than the longest row
 
     def __post_init__(self) -> None:
         if tuple(sorted(set(self.lengths))) != self.lengths:
@@ -97,7 +97,10 @@ def pack(
     for length, group in _by_length(pieces, settings.lengths):
         count = settings.rows(length, multiple)
         for batch in _first_fit_decreasing(group, length, count, most_edges):
-            made, members, nodes = _lay_out(batch, sequences, length, count)
+            # The last micro-batch may be nearly empty: half of it is left out where half is enough.
+            half = count // 2
+            used = half if half and half % multiple == 0 and not any(batch[half:]) else count
+            made, members, nodes = _lay_out(batch[:used], sequences, length, used)
             chosen = sequences.index[members].tolist()
             rows.append(made)
             computed += int(np.count_nonzero(made.end))
