@@ -137,13 +137,13 @@ def _returns(s: Sources) -> Producer:
 def _hindsight(s: Sources) -> Producer:
     produce = functools.partial(hindsight_logps, logps=s.logps, tokenizer=s.policy.tokenizer, multiple=s.multiple)
     fills = ("hindsight_logp", "response_logp")
-    return Producer("hindsight", fills, produce, lambda policy: init_hindsight(), keeps="arrays")
+    return Producer("hindsight", fills, produce, lambda policy: init_hindsight())
 
 
 def _answers(s: Sources) -> Producer:
     settings = {"logps": s.logps, "tokenizer": s.policy.tokenizer, "roles": s.config.train_roles or None, "multiple": s.multiple}
     produce = _of_a_persons_tasks(functools.partial(answer_logps, **settings))
-    return Producer("answers", ("answer_logp",), produce, lambda policy: init_answers(), keeps="arrays")
+    return Producer("answers", ("answer_logp",), produce, lambda policy: init_answers())
 
 
 def _process_rewards(s: Sources) -> Producer:

@@ -29,14 +29,14 @@ def true_answer(task: Task) -> str:
     return target
 
 
-def init_answers() -> dict[str, np.ndarray]:
-    """The totals that `answer_logps` counts in, int64 []: of prompts to answer, and of those too long for it."""
-    return {name: np.zeros((), np.int64) for name in ("answer_prompts", "answer_too_long")}
+def init_answers() -> dict[str, int]:
+    """The totals that `answer_logps` counts in: of prompts to answer, and of those too long for it."""
+    return {"prompts": 0, "too_long": 0}
 
 
 def answer_logps(
     policy: Params,
-    aux: Mapping[str, np.ndarray],
+    aux: Mapping[str, int],
     rollouts: Sequence[Rollout],
     key: Array,
     *,
@@ -47,7 +47,7 @@ def answer_logps(
     preface: str = "",
     ended: bool = True,
     multiple: int = 1,
-) -> tuple[Evidence, dict[str, np.ndarray]]:
+) -> tuple[Evidence, dict[str, int]]:
     """The evidence producer of `answer_logp`: the true answer, scored as the assistant's next response (IGPO, arXiv 2510.14967).
 
       ℓ(s) = 1/|a*| Σₖ log π(a*ₖ | s, a*₀ … a*ₖ₋₁),   at s before and after every call
@@ -91,8 +91,8 @@ def answer_logps(
             owner += [number, number]
     scored = logps(policy, prompts)
     means = np.array(_carried(scored, owner), np.float32).reshape(-1, 2)
-    counts = {"answer_prompts": len(scored), "answer_too_long": sum(x is None for x in scored)}
-    totals = {name: np.asarray(aux[name] + n, np.int64) for name, n in counts.items()}
+    counts = {"prompts": len(scored), "too_long": sum(x is None for x in scored)}
+    totals = {name: aux[name] + n for name, n in counts.items()}
     return Evidence(answer_logp=padded(means, multiple)), totals
 
 

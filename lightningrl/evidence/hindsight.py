@@ -24,14 +24,14 @@ def right_or_wrong(
     return right if rollout.reward >= threshold else wrong
 
 
-def init_hindsight() -> dict[str, np.ndarray]:
-    """The totals that `hindsight_logps` counts in, int64 []: of calls, and of those too long for it."""
-    return {name: np.zeros((), np.int64) for name in ("hindsight_calls", "hindsight_too_long")}
+def init_hindsight() -> dict[str, int]:
+    """The totals that `hindsight_logps` counts in: of calls, and of those too long for it."""
+    return {"calls": 0, "too_long": 0}
 
 
 def hindsight_logps(
     policy: Params,
-    aux: Mapping[str, np.ndarray],
+    aux: Mapping[str, int],
     rollouts: Sequence[Rollout],
     key: Array,
     *,
@@ -40,7 +40,7 @@ def hindsight_logps(
     say: Say = right_or_wrong,
     role: str = "user",
     multiple: int = 1,
-) -> tuple[Evidence, dict[str, np.ndarray]]:
+) -> tuple[Evidence, dict[str, int]]:
     """The evidence producer of `hindsight_logp` and `response_logp`: one policy, asked with and without the outcome in its prompt.
 
       log h(aₜ | xₜ, Z) = Σₖ log π(aₜₖ | xₜ with a message that tells the outcome, aₜ₀ … aₜₖ₋₁),   log π(aₜ | xₜ) the same without it
@@ -78,8 +78,8 @@ def hindsight_logps(
     without, given = scored[: len(told)], scored[len(told) :]
     own = np.array([_total(x) for x in without], np.float32)
     hindsight = np.array([_total(x) if x is not None else y for x, y in zip(given, own, strict=True)], np.float32)
-    counts = {"hindsight_calls": len(given), "hindsight_too_long": sum(x is None for x in given)}
-    totals = {name: np.asarray(aux[name] + n, np.int64) for name, n in counts.items()}
+    counts = {"calls": len(given), "too_long": sum(x is None for x in given)}
+    totals = {name: aux[name] + n for name, n in counts.items()}
     return Evidence(hindsight_logp=padded(hindsight, multiple), response_logp=padded(own, multiple)), totals
 
 

@@ -30,7 +30,7 @@ CALLS = sum(len(r.transitions) for r in recorded())
 ANSWERING = ("writer", "rewriter")
 
 
-def produced(rollouts: Any, params: Any = None, logps: Any = LOGPS, **settings: Any) -> tuple[Evidence, dict[str, np.ndarray]]:
+def produced(rollouts: Any, params: Any = None, logps: Any = LOGPS, **settings: Any) -> tuple[Evidence, dict[str, int]]:
     params = weights() if params is None else params
     return answer_logps(params, init_answers(), rollouts, KEY, logps=logps, tokenizer=tokenizer(), **settings)
 
@@ -122,7 +122,7 @@ def test_is_the_mean_of_the_answers_tokens(settings: dict[str, Any]) -> None:
     assert made.answer_logp.shape == (-(-calls // 16) * 16, 2)
     np.testing.assert_allclose(made.answer_logp[:calls], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(made.answer_logp[calls:], 0.0)
-    assert {name: int(n) for name, n in totals.items()} == {"answer_prompts": 2 * calls, "answer_too_long": 0}
+    assert totals == {"prompts": 2 * calls, "too_long": 0}
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_state_without_room_for_the_answer_is_no_gain() -> None:
     expected = whole.copy()
     expected[2, 1] = expected[3:, :] = whole[2, 0]
     np.testing.assert_allclose(made.answer_logp, expected, rtol=1e-5)
-    assert int(totals["answer_too_long"]) == 3
+    assert totals["too_long"] == 3
     room = 0
     np.testing.assert_array_equal(produced([rollout], logps=tight)[0].answer_logp, np.zeros((4, 2)))
 
@@ -170,8 +170,7 @@ def test_totals_add_up_and_only_runs_that_ended_count() -> None:
     made, totals = produced([recorded()[0], dataclasses.replace(recorded()[1], status="failed")])
     assert np.shape(made.answer_logp) == (calls, 2)
     _, again = answer_logps(weights(), totals, recorded()[:1], KEY, logps=LOGPS, tokenizer=tokenizer())
-    assert int(again["answer_prompts"]) == 4 * calls
-    assert jax.tree.structure(again) == jax.tree.structure(init_answers())
+    assert again["prompts"] == 4 * calls
     assert all(x.dtype == np.int64 and x.shape == () for x in again.values())
 
 

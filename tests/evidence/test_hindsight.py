@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 CALLS = sum(len(r.transitions) for r in recorded())
 
 
-def produced(rollouts: Any, logps: Any = LOGPS, **settings: Any) -> tuple[Evidence, dict[str, np.ndarray]]:
+def produced(rollouts: Any, logps: Any = LOGPS, **settings: Any) -> tuple[Evidence, dict[str, int]]:
     return hindsight_logps(weights(), init_hindsight(), rollouts, KEY, logps=logps, tokenizer=tokenizer(), **settings)
 
 
@@ -89,7 +89,7 @@ def test_a_told_prompt_that_does_not_fit_says_nothing() -> None:
     added = len(hindsight_prompts(recorded()[:1], tokenizer=tokenizer())[0]) - len(transitions[0].prompt_ids)
     long = np.array([len(t.prompt_ids) + len(t.response_ids) + added > longest for t in transitions])
     assert 0 < long.sum() < CALLS
-    assert {name: int(n) for name, n in totals.items()} == {"hindsight_calls": CALLS, "hindsight_too_long": long.sum()}
+    assert totals == {"calls": CALLS, "too_long": long.sum()}
     assert made.hindsight_logp is not None and made.response_logp is not None
     np.testing.assert_array_equal(made.hindsight_logp[long], made.response_logp[long])
     np.testing.assert_allclose(made.hindsight_logp, np.where(long, made.response_logp, np.asarray(evidence().hindsight_logp)[:CALLS]), 1e-5)
@@ -103,8 +103,7 @@ def test_totals_add_up_and_only_runs_that_ended_count() -> None:
     calls = len(recorded()[0].transitions)
     assert np.shape(first.hindsight_logp) == (calls,)
     again = hindsight_logps(weights(), totals, recorded()[:1], KEY, logps=LOGPS, tokenizer=tokenizer())
-    assert int(again[1]["hindsight_calls"]) == 2 * calls
-    assert jax.tree.structure(again[1]) == jax.tree.structure(init_hindsight())
+    assert again[1]["calls"] == 2 * calls
     assert all(x.dtype == np.int64 and x.shape == () for x in again[1].values())
     np.testing.assert_array_equal(again[0].hindsight_logp, first.hindsight_logp)
 
