@@ -171,7 +171,6 @@ def test_totals_add_up_and_only_runs_that_ended_count() -> None:
     assert np.shape(made.answer_logp) == (calls, 2)
     _, again = answer_logps(weights(), totals, recorded()[:1], KEY, logps=LOGPS, tokenizer=tokenizer())
     assert again["prompts"] == 4 * calls
-    assert all(x.dtype == np.int64 and x.shape == () for x in again.values())
 
 
 def test_the_true_answer_is_the_target() -> None:

@@ -104,7 +104,6 @@ def test_totals_add_up_and_only_runs_that_ended_count() -> None:
     assert np.shape(first.hindsight_logp) == (calls,)
     again = hindsight_logps(weights(), totals, recorded()[:1], KEY, logps=LOGPS, tokenizer=tokenizer())
     assert again[1]["calls"] == 2 * calls
-    assert all(x.dtype == np.int64 and x.shape == () for x in again[1].values())
     np.testing.assert_array_equal(again[0].hindsight_logp, first.hindsight_logp)
 
 
