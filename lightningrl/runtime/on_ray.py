@@ -11,6 +11,7 @@ import functools
 import ipaddress
 import logging
 import os
+import socket
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -87,8 +88,9 @@ class OnRay:
         address = self._address or os.environ.get("RAY_ADDRESS")
         where: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
         try:
+            _knock(address)
             self._ray.init(**where, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[0]
             wanted = "give the --ray_address of one, or none for a new one"
             raise UserError(f"there is no Ray cluster at {address} ({reason}): {wanted}") from error
@@ -141,6 +143,13 @@ def import_ray() -> Any:
     except ImportError as error:
         raise UserError("--runner=ray needs Ray, which is not installed: pip install 'lightningrl[ray]'") from error
     return ray
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError where nobody listens at host:port; Ray itself would go on trying for minutes."""
+    parts = urllib.parse.urlsplit(address if address and "//" in address else f"//{address or ''}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
 
 
 def _is_loopback(host: str) -> bool:
