@@ -30,7 +30,7 @@ def completion_request(
         "top_k": params.top_k,
         "min_p": 0.0,  # what is left out, vLLM takes from the checkpoint's generation_config.json
         "repetition_penalty": 1.0,
-        "stop": list(params.stop) or None,
+        "stop": list(params.stop),
         "stop_token_ids": [end_token],
         "seed": ((key[0] << 32) | key[1]) & _SEED_BITS,
         "logprobs": params.top_logprobs,

@@ -134,7 +134,8 @@ class RemoteSampler:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         for path, body in self.settings.reload:
-            self._post(path, _filled(body, {"{folder}": str(folder), "{version}": str(policy_version)}), folder)
+            places = {"{folder}": str(folder), "{version}": str(policy_version)}
+            self._post(path, _filled(body, places), folder)
         self._version = policy_version
         for other in folder.parent.iterdir():
             if other != folder:

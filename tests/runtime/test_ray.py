@@ -6,8 +6,10 @@ import asyncio
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
+import types
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -22,9 +24,11 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from lightningrl.config import FitConfig  # noqa: E402
 from lightningrl.errors import UserError  # noqa: E402
+from lightningrl.fit import fit, place_of_agents  # noqa: E402
 from lightningrl.runtime import RolloutRequest, Runner, RunnerSettings, Store, rollout_requests  # noqa: E402
-from lightningrl.runtime.on_ray import OnRay  # noqa: E402
+from lightningrl.runtime.on_ray import OnRay, import_ray  # noqa: E402
 from lightningrl.types import Rollout, Task  # noqa: E402
 from tests.runtime.fake_gateway import FakeGateway  # noqa: E402
 
@@ -206,3 +210,40 @@ def test_an_agent_that_cannot_be_sent(cluster: Cluster) -> None:
     lock = threading.Lock()
     with pytest.raises(UserError, match="the agent cannot be sent to other processes"), OnRay(lambda *_: lock, address=cluster.address):
         pass
+
+
+@pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://10.0.0.7:81/v1"), ("127.0.0.1", "http://127.0.0.1:81/v1")])
+def test_an_address_that_other_hosts_can_reach(host: str, url: str) -> None:
+    place = on_hosts("10.0.0.7", "10.0.0.8", gateway_host=host)
+    assert place._reachable(f"http://{host}:81/v1") == url
+    if host == "0.0.0.0":
+        place._check_hosts()
+        return
+    with pytest.raises(UserError, match="the gateway listens on 127.0.0.1, which the 2 hosts .* give --host=10.0.0.7 or another"):
+        place._check_hosts()
+    on_hosts("127.0.0.1", gateway_host=host)._check_hosts()
+
+
+def on_hosts(*hosts: str, gateway_host: str) -> OnRay:
+    """With a cluster that is only said to be there."""
+    place = OnRay(run, gateway_host=gateway_host)
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerAddress": host} for host in hosts]
+    place._ray = types.SimpleNamespace(nodes=lambda: nodes, util=types.SimpleNamespace(get_node_ip_address=lambda: hosts[0]))
+    return place
+
+
+def test_the_settings_of_a_run_lead_to_the_cluster(cluster: Cluster) -> None:
+    config = FitConfig(runner="ray", ray_address=cluster.address, ray_cpus=0.5)
+    with place_of_agents(lambda task, base_url, api_key: [task, base_url, api_key], config) as call_agent:
+        assert call_agent is not None
+        answer, seconds = asyncio.run(call_agent({"i": 1}, "http://127.0.0.1:9/v1", "key", 30.0))
+    assert answer == [{"i": 1}, "http://127.0.0.1:9/v1", "key"] and 0 < seconds < 30
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    with place_of_agents(fit, FitConfig()) as call_agent:
+        assert call_agent is None  # the runner's own place
+
+
+def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--runner=ray needs Ray, which is not installed: pip install 'lightningrl\[ray\]'"):
+        import_ray.__wrapped__()
