@@ -26,7 +26,6 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from lightningrl.config import FitConfig  # noqa: E402
 from lightningrl.errors import UserError  # noqa: E402
-from lightningrl.fit import fit, place_of_agents  # noqa: E402
 from lightningrl.runtime import RolloutRequest, Runner, RunnerSettings, Store, rollout_requests  # noqa: E402
 from lightningrl.runtime.on_ray import OnRay, import_ray  # noqa: E402
 from lightningrl.types import Rollout, Task  # noqa: E402
@@ -82,7 +81,7 @@ def test_agents_of_every_kind_answer_from_other_processes(cluster: Cluster) -> N
     kinds = ["fine", "error", "server error", "crash", "unsendable", "slow"]
     with FakeGateway(lambda body: 500 if body["messages"][0]["content"] == "fail" else "said") as gateway:
         tasks = [Task(kind, {"kind": kind}) for kind in kinds]
-        rollouts = run(agent, tasks, cluster, gateway, settings={"time_limit_s": 4.0, "max_attempts": 2})
+        rollouts = run(agent, tasks, cluster, gateway, settings={"time_limit_s": 8.0, "max_attempts": 2})
         assert not gateway.open_sessions
     fine, error, server, crash, unsendable, slow = rollouts
     assert fine.outcome == {"reward": 1.0, "elsewhere": 1.0} and [t.text for t in fine.transitions] == ["said"]
@@ -92,7 +91,7 @@ def test_agents_of_every_kind_answer_from_other_processes(cluster: Cluster) -> N
     assert "500 Internal Server Error" in server.error
     assert "WorkerCrashedError" in crash.error
     assert "lock" in unsendable.error
-    assert slow.error == "the agent was still running after the time limit of 4 s"
+    assert slow.error == "the agent was still running after the time limit of 8 s"
 
 
 def test_a_node_that_dies_loses_no_rollout_and_none_counts_twice(cluster: Cluster, tmp_path: pathlib.Path) -> None:
@@ -233,6 +232,8 @@ def on_hosts(*hosts: str, gateway_host: str) -> OnRay:
 
 
 def test_the_settings_of_a_run_lead_to_the_cluster(cluster: Cluster) -> None:
+    from lightningrl.fit import fit, place_of_agents  # here, since processes of the cluster import this file, and JAX takes long
+
     config = FitConfig(runner="ray", ray_address=cluster.address, ray_cpus=0.5)
     with place_of_agents(lambda task, base_url, api_key: [task, base_url, api_key], config) as call_agent:
         assert call_agent is not None
