@@ -9,10 +9,12 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "lightningrl/__init__.py").read_text("utf-8"), re.M).group(1)
 
 AGENTS = ["langgraph", "langchain-openai", "openai"]
+RAY = ["ray>=2.50"]
 NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
     *AGENTS,
     *NOTEBOOKS,  # run by the tests
+    *RAY,
     # Other frameworks that the gateway is tested against. Without an exact version pip takes autogen's placeholder release.
     "openai-agents",
     "autogen-agentchat==0.7.5",
@@ -57,6 +59,7 @@ setup(
         "agents": AGENTS,
         "test": TEST,
         "notebooks": NOTEBOOKS,
+        "ray": RAY,
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
     },

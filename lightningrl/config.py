@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightningrl.errors import UserError
 
@@ -48,6 +48,20 @@ class FitConfig:
     concurrency: int = setting(64, "agents at once", free=True)
     time_limit: float = setting(60.0, "seconds a rollout may take", free=True)
     max_attempts: int = setting(3, "tries of a rollout that fails for its infrastructure", free=True)
+    runner: Literal["local", "ray"] = setting("local", "where agents run: in this process, or on the hosts of a Ray cluster", free=True)
+    ray_address: str | None = setting(None, "of a Ray cluster; none: RAY_ADDRESS, or else a new one on this machine", free=True)
+    ray_cpus: float = setting(1.0, "CPUs that an agent reserves on its host of the Ray cluster", free=True)
+    engine: str | None = setting(
+        None, "URL of an OpenAI-compatible engine that samples, such as http://host:8000; none: this process", free=True
+    )
+    engine_model: str | None = setting(None, "the model's name there; none: the only one it serves")
+    engine_reload: str = setting(
+        "vllm", "how it takes new weights: vllm, lightningrl, or JSON [[path, body], …] with {folder} and {version} in it", free=True
+    )
+    engine_folder: str | None = setting(None, "where weights for it are written, which its host reads too; none: OUT/engine", free=True)
+    engine_correction: Literal["truncated", "none"] = setting(
+        "truncated", "with --engine, for recipes that have no rollout correction: truncated importance sampling, or none"
+    )
     host: str = setting("127.0.0.1", "address the gateway listens on", free=True)
     port: int = setting(0, "port the gateway listens on; 0: any free one", free=True)
     policy: str | None = setting(None, "folder of a policy to start from; none: a new one")
@@ -77,6 +91,8 @@ class FitConfig:
             raise UserError(f"iterations={self.iterations} must be at least 0")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be more than 0: a policy learns from what it samples")
+        if self.ray_cpus < 0:
+            raise UserError(f"ray_cpus={self.ray_cpus} must be at least 0")
 
 
 AT_LEAST_ONE = (

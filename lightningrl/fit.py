@@ -8,6 +8,7 @@ reward, or `--reward` scores what it returns, or it posts the reward to the gate
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,11 +33,15 @@ from lightningrl.metrics import MetricsLog, plot_rewards
 from lightningrl.policy import Policy, save_policy
 from lightningrl.producers import Sources, check_sources, make_producers
 from lightningrl.progress import Progress
+from lightningrl.recipe import Recipe, with_correction
 from lightningrl.recipes import get_recipe
 from lightningrl.runtime.agents import load_function, load_tasks
+from lightningrl.runtime.local import CallAgent
+from lightningrl.runtime.on_ray import OnRay, import_ray
 from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
 from lightningrl.runtime.store import Store
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
+from lightningrl.sampler.remote import EngineSettings, RemoteSampler, reload_requests
 from lightningrl.sharding import make_mesh
 from lightningrl.start import row_settings, starting_policy
 from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
@@ -82,17 +87,21 @@ def fit(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     out = Path(config.out)
     with settings_of_a_person():
-        recipe = get_recipe(config.recipe)
+        recipe = corrected_recipe(config)
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
     check_sources(recipe, config)
     intermediate = intermediate_rewards(config.intermediate)
     sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
     if config.context_length % sampler_settings.chunk or config.context_length < 1:
         raise UserError(f"context_length={config.context_length} must be a multiple of {sampler_settings.chunk}")
+    if config.runner == "ray":
+        import_ray()
+    reload_requests(config.engine_reload)
     data_hash = data_hash or tasks_hash(tasks)
     if not same_manifest(out, config, data_hash):
         shutil.rmtree(out / "start", ignore_errors=True)  # of a run that ended before it began
     policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.critic_target is not None, mesh=mesh)
+    sampler = make_sampler(policy, config, sampler_settings)
     # Only now, so that settings that were refused are not those of a run that has to be gone on with.
     write_manifest(out, config, data_hash)
 
@@ -111,10 +120,9 @@ def fit(
         state, done = TrainState(**tree), int(host["iteration"])
     log.truncate_after(done)
 
-    sampler = PolicySampler(policy.params, policy.config, policy.tokenizer, sampler_settings)
     store = Store(out / "rollouts.sqlite")
     gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
-    with Progress(config.iterations, done) as progress, sampler:
+    with Progress(config.iterations, done) as progress, sampler, place_of_agents(agent, config) as call_agent:
         gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
         gateway.start()
         try:
@@ -125,6 +133,7 @@ def fit(
                 RunnerSettings(config.concurrency, config.time_limit, config.max_attempts),
                 intermediate=intermediate,
                 store=store,
+                call_agent=call_agent,
             )
             run = Run(
                 settings=LoopSettings(
@@ -162,6 +171,38 @@ def fit(
     metrics = tuple(log.read())
     plot_rewards(metrics, out / "reward.png")
     return Fitted(trained, metrics, out)
+
+
+def corrected_recipe(config: FitConfig) -> Recipe:
+    """The recipe of that name; where another program samples, with a correction for what its log-probs differ from the trainer's."""
+    recipe = get_recipe(config.recipe)
+    if config.engine is None or config.engine_correction == "none":
+        return recipe
+    corrected = with_correction(recipe)
+    if corrected is not recipe:
+        print(f"recipe {recipe.name} with truncated importance sampling, since an engine samples; --engine_correction=none leaves it out")
+    return corrected
+
+
+def make_sampler(policy: Policy, config: FitConfig, settings: SamplerSettings) -> PolicySampler | RemoteSampler:
+    """The sampler of this process, or the engine behind `--engine`, which then has been asked for a token."""
+    if config.engine is None:
+        return PolicySampler(policy.params, policy.config, policy.tokenizer, settings)
+    folder = Path(config.engine_folder or Path(config.out) / "engine")
+    engine = EngineSettings(config.engine, folder, config.engine_model, reload_requests(config.engine_reload), config.context_length)
+
+    def export(folder: Path, params: Any) -> None:
+        save_policy(folder, dataclasses.replace(policy, params=params))
+
+    sampler = RemoteSampler(engine, policy.tokenizer, export)
+    sampler.check()
+    return sampler
+
+
+def place_of_agents(agent: Agent, config: FitConfig) -> contextlib.AbstractContextManager[CallAgent | None]:
+    if config.runner == "local":
+        return contextlib.nullcontext()
+    return OnRay(agent, address=config.ray_address, cpus=config.ray_cpus, gateway_host=config.host)
 
 
 def check_tasks(tasks: Sequence[Task], heldout: Mapping[str, Sequence[Task]]) -> None:

@@ -28,6 +28,7 @@ from lightningrl.packing.rows import RowSettings
 from lightningrl.recipe import Recipe
 from lightningrl.runtime.runner import Runner
 from lightningrl.sampler.engine import PolicySampler
+from lightningrl.sampler.remote import RemoteSampler
 from lightningrl.sharding import batch_multiple
 from lightningrl.table import Array, Evidence, TransitionTable
 from lightningrl.tabulate import table_size, trained_rollouts
@@ -56,7 +57,7 @@ class Run:
 
     settings: LoopSettings
     runner: Runner
-    sampler: PolicySampler
+    sampler: PolicySampler | RemoteSampler
     step: TrainStep
     rows: RowSettings
     tasks: Sequence[Task]

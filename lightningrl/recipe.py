@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from lightningrl import advantages, losses
 from lightningrl.losses.aggregation import Aggregate
@@ -81,6 +83,27 @@ class Recipe:
     def critic_states(self) -> losses.States:
         """What the critic values the states before."""
         return "calls" if self.token_value_target is None else "tokens"
+
+
+_OF_SEQUENCES = (losses.gspo, losses.luspo, losses.gmpo, losses.vespo)
+
+
+def with_correction(recipe: Recipe) -> Recipe:
+    """The recipe with truncated importance sampling around its loss (`losses.correction`), for responses of another program's sampler.
+
+    Weights are per token, or per sequence where the loss is of sequences. A recipe that has a correction, or the behaviour policy in
+    its loss, stays as it is.
+    """
+    settings: dict[str, Any] = {}
+    function: Callable = recipe.loss
+    while isinstance(function, functools.partial):
+        settings, function = function.keywords | settings, function.func
+    anchor = inspect.signature(function).parameters.get("anchor")
+    by_default = None if anchor is None else anchor.default
+    if function in (losses.corrected, losses.decoupled_ppo) or settings.get("anchor", by_default) == "behaviour":
+        return recipe
+    correction = losses.sequence_truncation if function in _OF_SEQUENCES else losses.token_truncation
+    return dataclasses.replace(recipe, loss=functools.partial(losses.corrected, loss=recipe.loss, correction=correction))
 
 
 def describe(function: Callable) -> str:

@@ -122,6 +122,9 @@ def test_a_port_in_use(config: CommandConfig, busy_port: int) -> None:
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
         ({"iterations": -1}, "iterations=-1 must be at least 0"),
         ({"temperature": 0.0}, "temperature=0.0 must be more than 0"),
+        ({"ray_cpus": -1.0}, "ray_cpus=-1.0 must be at least 0"),
+        ({"engine": "http://127.0.0.1:1"}, "there is no engine at http://127.0.0.1:1"),
+        ({"engine_reload": "magic"}, "engine_reload='magic' is neither vllm nor lightningrl nor JSON"),
     ],
 )
 def test_a_setting_that_cannot_be_used(config: CommandConfig, settings: dict[str, Any], sentence: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lightningrl import advantages, credit, losses
-from lightningrl.recipe import Recipe, describe
+from lightningrl.recipe import Recipe, describe, with_correction
 from lightningrl.recipes import RECIPES, get_recipe
 from lightningrl.table import Evidence
 from tests.batches import loss_of, make_evidence, make_inputs, make_rollout, make_table, make_tokens
@@ -132,3 +132,34 @@ def test_the_command_prints_every_recipe():
     assert done.stderr == ""
     for recipe in RECIPES.values():
         assert recipe.name + (f"  (arXiv {recipe.arxiv})\n" if recipe.arxiv else "\n") in done.stdout
+
+
+def test_a_recipe_gets_a_rollout_correction_once_and_of_its_losss_scope() -> None:
+    def correction(recipe):
+        return recipe.loss.keywords["correction"]
+
+    corrected = {name: with_correction(recipe) for name, recipe in RECIPES.items()}
+    unchanged = {name for name, recipe in corrected.items() if recipe is RECIPES[name]}
+    assert unchanged == {"m2po"}  # its ratio is to the behaviour policy
+    of_sequences = {name for name in corrected.keys() - unchanged if correction(corrected[name]) is losses.sequence_truncation}
+    assert of_sequences == {"gspo", "gmpo"}
+    assert all(correction(corrected[name]) is losses.token_truncation for name in corrected.keys() - unchanged - of_sequences)
+    assert all(corrected[name].loss.keywords["loss"] is RECIPES[name].loss for name in corrected.keys() - unchanged)
+    assert with_correction(corrected["grpo"]) is corrected["grpo"]
+    decoupled = dataclasses.replace(RECIPES["grpo"], loss=functools.partial(losses.decoupled_ppo))
+    assert with_correction(decoupled) is decoupled
+
+
+def test_a_correction_hands_on_what_a_recipe_selects() -> None:
+    table = batch()
+    tokens = make_tokens(table)
+    inputs = make_inputs(table, tokens)
+    selected = np.arange(len(tokens.mask)) % 3 == 0
+    loss, keep, aux = with_correction(RECIPES["clip_cov"]).loss(inputs, selected=selected)
+    plain, keep_plain, _ = RECIPES["clip_cov"].loss(inputs, selected=selected)
+    ratio = np.exp(np.asarray(tokens.old_logp, np.float64) - np.asarray(tokens.behaviour_logp))
+    weighed = np.where(tokens.mask, np.minimum(ratio, 2.0), 0.0) * np.asarray(plain)
+    np.testing.assert_allclose(loss, weighed, rtol=1e-5)  # float32 against float64
+    np.testing.assert_array_equal(keep, keep_plain)
+    assert not np.array_equal(keep, RECIPES["clip_cov"].loss(inputs, selected=np.zeros_like(selected))[1])
+    assert "correction_weight_mean" in aux

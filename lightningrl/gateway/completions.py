@@ -66,16 +66,28 @@ def _head(exchange: Exchange, fields: CompletionRequest) -> dict[str, Any]:
 
 
 def _choice(exchange: Exchange, fields: CompletionRequest, k: int, text: str) -> dict[str, Any]:
-    logprobs = _logprobs(exchange, k) if fields.logprobs is not None else None
-    return {"index": k, "text": text, "logprobs": logprobs, "finish_reason": exchange.finish_reason(k, exchange.reply(k))}
+    logprobs = _logprobs(exchange, fields, k) if fields.logprobs is not None else None
+    choice = {"index": k, "text": text, "logprobs": logprobs, "finish_reason": exchange.finish_reason(k, exchange.reply(k))}
+    if fields.return_token_ids:
+        choice |= {"prompt_token_ids": exchange.call.prompt_ids.tolist(), "token_ids": exchange.call.choices[k].token_ids.tolist()}
+    return choice
 
 
-def _logprobs(exchange: Exchange, k: int) -> dict[str, Any]:
+def _logprobs(exchange: Exchange, fields: CompletionRequest, k: int) -> dict[str, Any]:
     # This endpoint's older form: parallel lists, offsets in characters from the end of the prompt.
     entries = token_logprobs(exchange, k)["content"]
     tokens = [entry["token"] for entry in entries]
     offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
-    top = [{alternative["token"]: alternative["logprob"] for alternative in entry["top_logprobs"]} for entry in entries]
+    names = [[alternative["token"] for alternative in entry["top_logprobs"]] for entry in entries]
+    if fields.return_tokens_as_token_ids:
+        completion = exchange.call.choices[k].completion
+        assert completion is not None
+        tokens = [f"token_id:{token}" for token in completion.token_ids.tolist()]
+        names = [[f"token_id:{token}" for token, _ in pairs] for pairs in completion.top] or [[] for _ in entries]
+    top = [
+        {name: alternative["logprob"] for name, alternative in zip(of_entry, entry["top_logprobs"], strict=True)}
+        for of_entry, entry in zip(names, entries, strict=True)
+    ]
     return {"tokens": tokens, "token_logprobs": [e["logprob"] for e in entries], "top_logprobs": top, "text_offset": offsets}
 
 

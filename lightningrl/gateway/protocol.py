@@ -125,6 +125,8 @@ class CompletionRequest(SamplingFields):
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Literal[False] | None = None
+    return_token_ids: bool | None = False  # this and the next are vLLM's
+    return_tokens_as_token_ids: bool | None = False
 
     @field_validator("prompt", mode="before")
     @classmethod

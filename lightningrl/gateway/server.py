@@ -7,7 +7,7 @@ import errno
 import secrets
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self
 
 import uvicorn
@@ -62,10 +62,10 @@ class Gateway:
 
     def start(self) -> None:
         """Starts to listen. Raises `GatewayError` when the address can't be had, for example a port in use."""
-        listener = _listen(self._service.settings)
+        listener = listen(self._service.settings)
         self._port = listener.getsockname()[1]
         config = uvicorn.Config(
-            _application(self._service),
+            application(self._service),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -146,7 +146,7 @@ class Gateway:
         return record
 
 
-def _listen(settings: GatewaySettings) -> socket.socket:
+def listen(settings: GatewaySettings) -> socket.socket:
     # Bound here, not by the server, so that a port somebody else listens on is an error and never an attachment to his server.
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -163,7 +163,7 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     return listener
 
 
-def _application(service: Service) -> Starlette:
+def application(service: Service, more: Sequence[Route] = ()) -> Starlette:
     def bound(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             return await endpoint(service, request)
@@ -179,6 +179,7 @@ def _application(service: Service) -> Starlette:
             Route("/v1/models/{model:path}", bound(_model), methods=["GET"]),
             Route("/v1/reward", bound(_reward), methods=["POST"]),
             Route("/healthz", bound(_health), methods=["GET"]),
+            *more,
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected},
     )

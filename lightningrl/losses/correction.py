@@ -163,17 +163,22 @@ def batch_normalised(
     return safe_divide(weight, jnp.broadcast_to(jax.lax.stop_gradient(of_batch), jnp.shape(weight))), jnp.asarray(keep)
 
 
-def corrected(inputs: LossInputs, *, loss: PolicyLoss, correction: Correction) -> tuple[Array, Array, Metrics]:
+def corrected(
+    inputs: LossInputs, *, loss: Callable[..., tuple[Array, Array, Metrics]], correction: Correction, **selected: Array
+) -> tuple[Array, Array, Metrics]:
     """A loss times a correction's weights, without what the correction drops. The scope is the wider of the two.
 
     A loss that has the behaviour policy in it needs none: `decoupled_ppo`, and `vespo` or `m2po` with that anchor. For a loss of
     sequences use weights of sequences.
 
+    Args:
+      selected: handed on to a loss of batch scope: what its recipe's `select` says.
+
     Returns:
       loss f32[E]; keep bool[E], what both keep; and the loss's pairs with `correction_weight_mean` and `correction_dropped_fraction`.
     """
     weight, kept = correction(inputs)
-    values, keep, aux = loss(inputs)
+    values, keep, aux = loss(inputs, **selected)
     chex.assert_equal_shape([weight, values, kept, keep])
     mask = inputs.tokens.mask
     rates = {"correction_weight_mean": weight, "correction_dropped_fraction": jnp.logical_and(mask, jnp.logical_not(kept))}

@@ -10,6 +10,14 @@ CONNECTION_ERRORS = frozenset(
 )
 
 
+class AgentFailed(Exception):
+    """Stands for what an agent raised in another process, described and judged there."""
+
+    def __init__(self, text: str, *, infrastructure: bool) -> None:
+        super().__init__(text)
+        self.infrastructure = infrastructure
+
+
 def is_infrastructure_failure(exception: BaseException) -> bool:
     """Whether a connection error, a timeout, HTTP 429 or 5xx is behind an exception.
 
@@ -20,6 +28,8 @@ def is_infrastructure_failure(exception: BaseException) -> bool:
     link: BaseException | None = exception
     while link is not None and id(link) not in seen:
         seen.add(id(link))
+        if isinstance(link, AgentFailed):
+            return link.infrastructure
         if isinstance(link, BaseExceptionGroup):
             return all(is_infrastructure_failure(each) for each in link.exceptions)
         if _is_connection_error(link) or _is_server_error(link):
@@ -44,5 +54,7 @@ def _is_server_error(exception: BaseException) -> bool:
 
 
 def describe(exception: BaseException) -> str:
-    """The traceback, as Python prints it."""
+    """The traceback, as Python prints it; of a failure in another process that process' own."""
+    if isinstance(exception, AgentFailed):
+        return str(exception)
     return "".join(traceback.format_exception(exception))

@@ -6,17 +6,16 @@ A rollout that fails or runs out of time is a failure of the run, never a reward
 from __future__ import annotations
 
 import asyncio
-import copy
 import dataclasses
-import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightningrl.runtime.event_loop import Interrupt, OutOfTime, contained, in_thread, run_on_agent_loop, within
+from lightningrl.runtime.event_loop import Interrupt, OutOfTime, in_thread, run_on_agent_loop, within
 from lightningrl.runtime.failures import describe, is_infrastructure_failure
 from lightningrl.runtime.intermediate import with_rewards
+from lightningrl.runtime.local import Agent, CallAgent, in_this_process
 from lightningrl.runtime.outcome import Reward, RewardError, as_json, outcome_of
 from lightningrl.runtime.store import LogEntry, Store
 from lightningrl.types import Replay, Rollout, RolloutRequest, Status, Task
@@ -24,8 +23,6 @@ from lightningrl.types import Replay, Rollout, RolloutRequest, Status, Task
 if TYPE_CHECKING:
     from lightningrl.gateway import CallRecord, SamplingOverrides
 
-# (task.input, base_url, api_key) -> a number, {"reward": …, …}, any JSON answer, or None; sync or async.
-Agent = Callable[[dict[str, Any], str, str], Any]
 Intermediate = Callable[[Rollout], tuple[float, ...]]
 OnRollout = Callable[[Rollout], None]
 
@@ -85,8 +82,8 @@ class _Batch:
 class Runner:
     """Runs an agent that knows nothing of training against the gateway.
 
-    Async agents share one event loop, which they must not block; sync agents run in a thread each. Reward functions run in
-    threads too, so a slow one holds up nobody else.
+    Agents run in this process (`local`) unless `call_agent` takes them elsewhere (`on_ray`). Reward functions run here, in threads,
+    so a slow one holds up nobody else.
 
     Args:
         gateway: hands out a key for each attempt, and its calls when the key is closed.
@@ -94,6 +91,7 @@ class Runner:
         reward: `(input, target, answer)` scores what the agent returned; None where the agent returns or posts its reward.
         intermediate: functions of a rollout that give one number per transition, added to the transitions' rewards.
         store: where every finished rollout is written before `run` returns it; None to keep nothing.
+        call_agent: where an attempt of `agent` runs; None for here.
     """
 
     def __init__(
@@ -104,10 +102,11 @@ class Runner:
         settings: RunnerSettings = RunnerSettings(),
         intermediate: Sequence[Intermediate] = (),
         store: Store | None = None,
+        call_agent: CallAgent | None = None,
     ) -> None:
-        self.gateway, self.agent, self.reward, self.settings = gateway, agent, reward, settings
+        self.gateway, self.reward, self.settings = gateway, reward, settings
         self.intermediate, self.store = tuple(intermediate), store
-        self._is_async = inspect.iscoroutinefunction(agent) or inspect.iscoroutinefunction(getattr(agent, "__call__", None))  # noqa: B004
+        self.call_agent = call_agent or in_this_process(agent)
 
     def run(
         self,
@@ -182,7 +181,6 @@ class Runner:
     async def _attempt(self, request: RolloutRequest, attempt: int, batch: _Batch) -> tuple[Rollout, tuple[str, ...], bool]:
         """Returns the rollout, the gateway's notes, and whether another attempt is worth it."""
         started = time.monotonic()
-        deadline = started + self.settings.time_limit_s
         replay = {} if request.replay is None else {"replay": request.replay}
         key = self.gateway.open(request.id, seed=batch.seed, train_roles=batch.train_roles, sampling=batch.sampling, **replay)
         record: CallRecord | None = None
@@ -191,11 +189,12 @@ class Runner:
         status: Status = "ok"
         doing, error, again = "the agent", "", False
         try:
-            answer = await within(contained(self._call_agent(request.task, key)), deadline - time.monotonic())
+            limit = self.settings.time_limit_s
+            answer, spent = await self.call_agent(dict(request.task.input), self.gateway.base_url, key, limit)
             record = self.gateway.close(key)
             doing = "the reward function"
             scoring = in_thread(outcome_of, request.task, answer, self.reward, record.reward)
-            outcome = await within(scoring, deadline - time.monotonic())
+            outcome = await within(scoring, limit - spent)
         except Interrupt:
             raise
         except OutOfTime:
@@ -211,11 +210,6 @@ class Runner:
             status, error, outcome, again = "diverged", divergence, {}, False
         rollout = self._record(request, attempt, record, answer, outcome, status, error, time.monotonic() - started)
         return rollout, record.log, again
-
-    async def _call_agent(self, task: Task, key: str) -> Any:
-        arguments = copy.deepcopy(dict(task.input)), self.gateway.base_url, key
-        answer = self.agent(*arguments) if self._is_async else await in_thread(self.agent, *arguments)
-        return await answer if inspect.isawaitable(answer) else answer
 
     def _record(
         self,

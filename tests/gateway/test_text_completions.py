@@ -72,3 +72,22 @@ def test_a_prompt_that_is_none_is_400(stage: Stage, prompt: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         stage.client().completions.create(model="policy", prompt=prompt)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_beside_the_text_for_who_asks(stage: Stage, stream: bool) -> None:
+    stage.play(["sing er"])
+    extra = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    answer = stage.client().completions.create(model="policy", prompt=[20, 7, 2], logprobs=2, stream=stream, extra_body=extra)
+    choice = [part for part in answer if part.choices][-1].choices[0] if stream else answer.choices[0]
+    (transition,) = stage.transitions()
+    ids = transition.response_ids.tolist()
+    assert (choice.prompt_token_ids, choice.token_ids) == ([20, 7, 2], ids)
+    assert choice.logprobs.tokens == [f"token_id:{token}" for token in ids]
+    assert choice.logprobs.token_logprobs == transition.logprobs.tolist()
+    alternatives = [[f"token_id:{(token + k) % 256 + 7}" for k in range(2)] for token in ids]  # what the script says
+    assert [list(top) for top in choice.logprobs.top_logprobs] == alternatives
+
+    stage.play(["sing er"])
+    plain = stage.client().completions.create(model="policy", prompt=[20, 7, 2], logprobs=0)
+    assert not hasattr(plain.choices[0], "token_ids") and plain.choices[0].logprobs.tokens[0] == "s"
