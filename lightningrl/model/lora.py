@@ -106,7 +106,10 @@ def adapter_sharding(params_at: Params, config: ModelConfig, settings: LoraSetti
 
     def pair(name: str, at: NamedSharding) -> Adapter:
         n = TARGETS[name]
-        return {"a": NamedSharding(at.mesh, PartitionSpec(*at.spec[:n], None)), "b": NamedSharding(at.mesh, PartitionSpec(None, *at.spec[n:]))}
+        return {
+            "a": NamedSharding(at.mesh, PartitionSpec(*at.spec[:n], None)),
+            "b": NamedSharding(at.mesh, PartitionSpec(None, *at.spec[n:])),
+        }
 
     tree = abstract_adapter(config, settings)
     layers = [{name: pair(name, at[name]) for name in layer} for layer, at in zip(tree["layers"], params_at["layers"], strict=True)]
