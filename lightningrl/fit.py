@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
@@ -29,17 +30,21 @@ from lightningrl.gateway import Gateway, GatewaySettings, SamplingOverrides
 from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree, train
 from lightningrl.manifest import manifest
 from lightningrl.metrics import MetricsLog, plot_rewards
-from lightningrl.policy import Policy, save_policy
+from lightningrl.model.lora import LoraSettings
+from lightningrl.model.params import Params
+from lightningrl.policies import EVERY_ROLE, Policies, check_roles, from_tree, merged, save_policies, start_policies, weights
+from lightningrl.policy import Policy
 from lightningrl.producers import Sources, check_sources, make_producers
 from lightningrl.progress import Progress
 from lightningrl.recipes import get_recipe
 from lightningrl.runtime.agents import load_function, load_tasks
 from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
 from lightningrl.runtime.store import Store
+from lightningrl.sampler.by_role import RoleSampler
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sharding import make_mesh
 from lightningrl.start import row_settings, starting_policy
-from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.train import OptimizerSettings, TrainStep, make_optimizer
 from lightningrl.types import Rollout, Task
 from lightningrl.warm_start import Demonstration
 
@@ -48,9 +53,10 @@ from lightningrl.warm_start import Demonstration
 class Fitted:
     """What a run has come to."""
 
-    policy: Policy
+    policy: Policy  # what is in OUT/policy; of policies of roles, their base
     metrics: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
     out: Path
+    by_role: Mapping[str, Policy] = dataclasses.field(default_factory=dict)  # with lora_per_role, each one's adapter merged
 
 
 def fit(
@@ -83,8 +89,14 @@ def fit(
     out = Path(config.out)
     with settings_of_a_person():
         recipe = get_recipe(config.recipe)
+        lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
     check_sources(recipe, config)
+    roles = config.train_roles if config.lora_per_role else ()
+    if config.lora_per_role:
+        check_roles(roles, recipe)
+    if config.reference == "ema" and recipe.kl is None:
+        raise UserError(f"recipe {recipe.name} has no KL term, so nothing would read the reference of --reference=ema: leave it off")
     intermediate = intermediate_rewards(config.intermediate)
     sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
     if config.context_length % sampler_settings.chunk or config.context_length < 1:
@@ -99,19 +111,28 @@ def fit(
     optimizer = make_optimizer(
         OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     )
-    step = TrainStep(policy.config, recipe, optimizer, mesh, config.seed)
+    step = TrainStep(
+        policy.config,
+        recipe,
+        optimizer,
+        mesh,
+        config.seed,
+        lora=lora,
+        compute_dtype=jnp.dtype(config.compute_dtype),
+        ema_decay=config.ema_decay if config.reference == "ema" else None,
+    )
     producers = make_producers(Sources(recipe, config, policy, step, row_settings(config), TABLE_MULTIPLE))
-    state, aux = step.init(policy.params), first_aux(producers, policy.params)
+    policies, aux = start_policies(step, policy.params, roles, config.seed), first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
     log = MetricsLog(out)
     done = -1
     if (latest := checkpoints.latest()) is not None:
-        tree, host = checkpoints.restore(latest, checkpoint_tree(state, arrays(producers, aux)))
+        tree, host = checkpoints.restore(latest, checkpoint_tree(policies, arrays(producers, aux)))
         aux = host["evidence"] | tree.pop("evidence", {})
-        state, done = TrainState(**tree), int(host["iteration"])
+        policies, done = from_tree(policies, tree), int(host["iteration"])
     log.truncate_after(done)
 
-    sampler = PolicySampler(policy.params, policy.config, policy.tokenizer, sampler_settings)
+    sampler = make_sampler(step, policies, policy, sampler_settings)
     store = Store(out / "rollouts.sqlite")
     gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
     with Progress(config.iterations, done) as progress, sampler:
@@ -143,7 +164,7 @@ def fit(
                 rows=row_settings(config),
                 tasks=tasks,
                 heldout=heldout or {},
-                reference=policy.params if recipe.kl is not None else None,
+                reference=policy.params if recipe.kl is not None and config.reference == "start" else None,
                 producers=producers,
                 alter=alter,
                 log=log,
@@ -151,17 +172,26 @@ def fit(
                 on_rollout=progress.on_rollout,
                 on_iteration=progress.on_iteration,
             )
-            state = train(run, state, aux, done)
+            policies = train(run, policies, aux, done)
         finally:
             gateway.stop()
             store.close()
             checkpoints.close()
             log.close()
-    trained = dataclasses.replace(policy, params=state.params)
-    save_policy(out / "policy", trained)
+    trained = save_policies(out / "policy", policy, step, policies)
     metrics = tuple(log.read())
     plot_rewards(metrics, out / "reward.png")
-    return Fitted(trained, metrics, out)
+    return Fitted(trained, metrics, out, {role: dataclasses.replace(policy, params=merged(step, policies[role])) for role in roles})
+
+
+def make_sampler(step: TrainStep, policies: Policies, policy: Policy, settings: SamplerSettings) -> PolicySampler | RoleSampler:
+    """What answers the agents' calls: one sampler, or one for each role that has a policy."""
+
+    def make(params: Params) -> PolicySampler:
+        return PolicySampler(params, policy.config, policy.tokenizer, settings)
+
+    by_role = weights(step, policies)
+    return make(by_role[EVERY_ROLE]) if EVERY_ROLE in by_role else RoleSampler(make, by_role, step.rounded(policy.params))
 
 
 def check_tasks(tasks: Sequence[Task], heldout: Mapping[str, Sequence[Task]]) -> None:

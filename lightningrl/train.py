@@ -149,7 +149,7 @@ class TrainStep:
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
         self._weights = jax.jit(self._weights_of, out_shardings=self._params_at)
         self._score = jax.jit(
-            lambda params, rows, edges: score_edges(self._rounded(params), config, rows, edges),
+            lambda params, rows, edges: score_edges(self.rounded(params), config, rows, edges),
             in_shardings=(self._params_at, self._rows_at, self._whole),
             out_shardings=self._whole,
         )
@@ -187,8 +187,12 @@ class TrainStep:
         """The same of the moving mean. With an adapter it is the mean of the factors A and B, not of their products."""
         return self._weights(state.reference, self._trained(state)[1])
 
+    def rounded(self, params: Params) -> Params:
+        """Parameters in the compute dtype."""
+        return params if self.compute_dtype is None else jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+
     def score(self, params: Params, rows: Sequence[Rows], edges: TokenTable) -> Scores:
-        """Scores of all edges, [micro-batches, E], without gradient."""
+        """Scores of all edges, [micro-batches, E], without gradient; of parameters in any dtype, computed in the compute dtype."""
         parts = [self._score(params, r, jax.tree.map(lambda x, i=i: x[i], edges)) for i, r in enumerate(rows)]
         return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
@@ -224,10 +228,7 @@ class TrainStep:
 
     # ---- traced
     def _weights_of(self, trained: Params | Adapter, base: Params | None) -> Params:
-        return self._rounded(trained if self.lora is None or base is None else merge(base, trained, self.lora.scale))
-
-    def _rounded(self, params: Params) -> Params:
-        return params if self.compute_dtype is None else jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+        return self.rounded(trained if self.lora is None or base is None else merge(base, trained, self.lora.scale))
 
     def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:
         """Of each aggregation, from masks alone: they do not depend on the policy."""
