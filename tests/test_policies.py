@@ -56,7 +56,7 @@ def updated(policies: Policies, lora: LoraSettings | None = LORA) -> tuple[Polic
 def with_factors(policies: Policies, seed: int = 0) -> Policies:
     """Both factors random, so that neither has a gradient of 0."""
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jax.numpy.asarray(rng.normal(0, 0.3, leaf.shape).astype(np.float32))  # noqa: E731
+    draw = lambda leaf: jax.device_put(rng.normal(0, 0.3, leaf.shape).astype(np.float32), leaf.sharding)  # noqa: E731
     return {role: dataclasses.replace(state, adapter=jax.tree.map(draw, state.adapter)) for role, state in policies.items()}
 
 
