@@ -17,7 +17,7 @@ from lightningrl.model.config import ModelConfig
 from lightningrl.model.lora import Adapter, LoraSettings, adapter_shapes
 from lightningrl.model.params import Params
 
-FORMAT = "lightningrl-lora-1"
+HEADER = "lightningrl_lora"  # the one entry of the file's header: several would be written in an order of chance
 
 
 def base_hash(params: Params) -> str:
@@ -38,7 +38,7 @@ def save_adapter(path: Path, adapter: Adapter, settings: LoraSettings, base: str
     about = {"rank": settings.rank, "alpha": settings.alpha, "targets": list(settings.targets), "base": base}
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(_named(adapter), partial, metadata={"format": FORMAT, "about": json.dumps(about)})
+    safetensors.numpy.save_file(_named(adapter), partial, metadata={HEADER: json.dumps(about)})
     os.replace(partial, path)
 
 
@@ -54,9 +54,9 @@ def load_adapter(path: Path, config: ModelConfig, base: str) -> tuple[Adapter, L
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read as an adapter ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no adapter of ours: its header should have the format {FORMAT}")
-    about = json.loads(metadata["about"])
+    if HEADER not in metadata:
+        raise UserError(f"{path} is no adapter of ours: its header has no entry {HEADER}")
+    about = json.loads(metadata[HEADER])
     if about["base"] != base:
         raise UserError(
             f"{path} was trained on another base (hash {about['base'][:12]}, not {base[:12]}): give the one of its run, OUT/start"
