@@ -41,6 +41,13 @@ class FitConfig:
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     train_roles: tuple[str, ...] = setting((), "roles whose calls are trained, comma-separated; none given: all")
+    lora_rank: int = setting(0, "trains low-rank adapters of this rank on a frozen policy; 0: trains all its parameters")
+    lora_alpha: float = setting(16.0, "adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: tuple[str, ...] = setting(("qkv", "attention_out", "gate_up", "down"), "arrays of every layer that get one")
+    lora_per_role: bool = setting(False, "one adapter for each of train_roles: policies trained apart, over one base")
+    compute_dtype: Literal["float32", "bfloat16"] = setting("float32", "what is computed in; what is trained stays in float32")
+    reference: Literal["start", "ema"] = setting("start", "what a KL term pulls to: the start, or the policy's moving mean")
+    ema_decay: float = setting(0.99, "how much of that mean every update leaves in it")
     temperature: float = setting(1.0, "of sampling in training, whatever the agent asks for")
     max_tokens: int = setting(64, "of a response, at most, in training and evaluation")
     intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call")
@@ -93,6 +100,12 @@ class FitConfig:
             raise UserError(f"temperature={self.temperature} must be more than 0: a policy learns from what it samples")
         if self.ray_cpus < 0:
             raise UserError(f"ray_cpus={self.ray_cpus} must be at least 0")
+        if self.lora_rank < 0:
+            raise UserError(f"lora_rank={self.lora_rank} must be at least 0")
+        if self.lora_per_role and not self.lora_rank:
+            raise UserError("lora_per_role needs adapters: give their --lora_rank")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must be at least 0 and less than 1")
 
 
 AT_LEAST_ONE = (

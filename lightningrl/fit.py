@@ -8,7 +8,6 @@ reward, or `--reward` scores what it returns, or it posts the reward to the gate
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
@@ -30,21 +30,21 @@ from lightningrl.gateway import Gateway, GatewaySettings, SamplingOverrides
 from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree, train
 from lightningrl.manifest import manifest
 from lightningrl.metrics import MetricsLog, plot_rewards
-from lightningrl.policy import Policy, save_policy
+from lightningrl.model.lora import LoraSettings
+from lightningrl.policies import check_roles, from_tree, merged, save_policies, start_policies
+from lightningrl.policy import Policy
 from lightningrl.producers import Sources, check_sources, make_producers
 from lightningrl.progress import Progress
-from lightningrl.recipe import Recipe, with_correction
-from lightningrl.recipes import get_recipe
 from lightningrl.runtime.agents import load_function, load_tasks
-from lightningrl.runtime.local import CallAgent
-from lightningrl.runtime.on_ray import OnRay, import_ray
+from lightningrl.runtime.on_ray import import_ray
 from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
 from lightningrl.runtime.store import Store
-from lightningrl.sampler.engine import PolicySampler, SamplerSettings
-from lightningrl.sampler.remote import EngineSettings, RemoteSampler, reload_requests
+from lightningrl.sampler.engine import SamplerSettings
+from lightningrl.sampler.remote import reload_requests
+from lightningrl.serving import corrected_recipe, make_sampler, place_of_agents
 from lightningrl.sharding import make_mesh
 from lightningrl.start import row_settings, starting_policy
-from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.train import OptimizerSettings, TrainStep, make_optimizer
 from lightningrl.types import Rollout, Task
 from lightningrl.warm_start import Demonstration
 
@@ -53,9 +53,10 @@ from lightningrl.warm_start import Demonstration
 class Fitted:
     """What a run has come to."""
 
-    policy: Policy
+    policy: Policy  # what is in OUT/policy; of policies of roles, their base
     metrics: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
     out: Path
+    by_role: Mapping[str, Policy] = dataclasses.field(default_factory=dict)  # with lora_per_role, each one's adapter merged
 
 
 def fit(
@@ -88,8 +89,16 @@ def fit(
     out = Path(config.out)
     with settings_of_a_person():
         recipe = corrected_recipe(config)
+        lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
     check_sources(recipe, config)
+    roles = config.train_roles if config.lora_per_role else ()
+    if config.lora_per_role:
+        check_roles(roles, recipe)
+        if config.engine is not None:
+            raise UserError("an engine samples from one policy, but --lora_per_role trains one for each role: leave one of the two out")
+    if config.reference == "ema" and recipe.kl is None:
+        raise UserError(f"recipe {recipe.name} has no KL term, so nothing would read the reference of --reference=ema: leave it off")
     intermediate = intermediate_rewards(config.intermediate)
     sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
     if config.context_length % sampler_settings.chunk or config.context_length < 1:
@@ -101,23 +110,32 @@ def fit(
     if not same_manifest(out, config, data_hash):
         shutil.rmtree(out / "start", ignore_errors=True)  # of a run that ended before it began
     policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.critic_target is not None, mesh=mesh)
-    sampler = make_sampler(policy, config, sampler_settings)
-    # Only now, so that settings that were refused are not those of a run that has to be gone on with.
-    write_manifest(out, config, data_hash)
-
     optimizer = make_optimizer(
         OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
     )
-    step = TrainStep(policy.config, recipe, optimizer, mesh, config.seed)
+    step = TrainStep(
+        policy.config,
+        recipe,
+        optimizer,
+        mesh,
+        config.seed,
+        lora=lora,
+        compute_dtype=jnp.dtype(config.compute_dtype),
+        ema_decay=config.ema_decay if config.reference == "ema" else None,
+    )
+    policies = start_policies(step, policy.params, roles, config.seed)
+    sampler = make_sampler(step, policies, policy, config, sampler_settings)
+    # Only now, so that settings that were refused are not those of a run that has to be gone on with.
+    write_manifest(out, config, data_hash)
     producers = make_producers(Sources(recipe, config, policy, step, row_settings(config), TABLE_MULTIPLE))
-    state, aux = step.init(policy.params), first_aux(producers, policy.params)
+    aux = first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
     log = MetricsLog(out)
     done = -1
     if (latest := checkpoints.latest()) is not None:
-        tree, host = checkpoints.restore(latest, checkpoint_tree(state, arrays(producers, aux)))
+        tree, host = checkpoints.restore(latest, checkpoint_tree(policies, arrays(producers, aux)))
         aux = host["evidence"] | tree.pop("evidence", {})
-        state, done = TrainState(**tree), int(host["iteration"])
+        policies, done = from_tree(policies, tree), int(host["iteration"])
     log.truncate_after(done)
 
     store = Store(out / "rollouts.sqlite")
@@ -152,7 +170,7 @@ def fit(
                 rows=row_settings(config),
                 tasks=tasks,
                 heldout=heldout or {},
-                reference=policy.params if recipe.kl is not None else None,
+                reference=policy.params if recipe.kl is not None and config.reference == "start" else None,
                 producers=producers,
                 alter=alter,
                 log=log,
@@ -160,49 +178,16 @@ def fit(
                 on_rollout=progress.on_rollout,
                 on_iteration=progress.on_iteration,
             )
-            state = train(run, state, aux, done)
+            policies = train(run, policies, aux, done)
         finally:
             gateway.stop()
             store.close()
             checkpoints.close()
             log.close()
-    trained = dataclasses.replace(policy, params=state.params)
-    save_policy(out / "policy", trained)
+    trained = save_policies(out / "policy", policy, step, policies)
     metrics = tuple(log.read())
     plot_rewards(metrics, out / "reward.png")
-    return Fitted(trained, metrics, out)
-
-
-def corrected_recipe(config: FitConfig) -> Recipe:
-    """The recipe of that name; where another program samples, with a correction for what its log-probs differ from the trainer's."""
-    recipe = get_recipe(config.recipe)
-    if config.engine is None or config.engine_correction == "none":
-        return recipe
-    corrected = with_correction(recipe)
-    if corrected is not recipe:
-        print(f"recipe {recipe.name} with truncated importance sampling, since an engine samples; --engine_correction=none leaves it out")
-    return corrected
-
-
-def make_sampler(policy: Policy, config: FitConfig, settings: SamplerSettings) -> PolicySampler | RemoteSampler:
-    """The sampler of this process, or the engine behind `--engine`, which then has been asked for a token."""
-    if config.engine is None:
-        return PolicySampler(policy.params, policy.config, policy.tokenizer, settings)
-    folder = Path(config.engine_folder or Path(config.out) / "engine")
-    engine = EngineSettings(config.engine, folder, config.engine_model, reload_requests(config.engine_reload), config.context_length)
-
-    def export(folder: Path, params: Any) -> None:
-        save_policy(folder, dataclasses.replace(policy, params=params))
-
-    sampler = RemoteSampler(engine, policy.tokenizer, export)
-    sampler.check()
-    return sampler
-
-
-def place_of_agents(agent: Agent, config: FitConfig) -> contextlib.AbstractContextManager[CallAgent | None]:
-    if config.runner == "local":
-        return contextlib.nullcontext()
-    return OnRay(agent, address=config.ray_address, cpus=config.ray_cpus, gateway_host=config.host)
+    return Fitted(trained, metrics, out, {role: dataclasses.replace(policy, params=merged(step, policies[role])) for role in roles})
 
 
 def check_tasks(tasks: Sequence[Task], heldout: Mapping[str, Sequence[Task]]) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightningrl.batches import edge_batch, pack_updates, score
+from lightningrl.batches import edge_batch
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_time
 from lightningrl.errors import UserError
@@ -25,15 +25,17 @@ from lightningrl.gateway import SamplingOverrides
 from lightningrl.metrics import MetricsLog
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import RowSettings
+from lightningrl.policies import EVERY_ROLE, Policies, as_tree, pack_policies, score_policies, update_policies, weights
 from lightningrl.recipe import Recipe
 from lightningrl.runtime.runner import Runner
+from lightningrl.sampler.by_role import RoleSampler
 from lightningrl.sampler.engine import PolicySampler
 from lightningrl.sampler.remote import RemoteSampler
 from lightningrl.sharding import batch_multiple
 from lightningrl.table import Array, Evidence, TransitionTable
 from lightningrl.tabulate import table_size, trained_rollouts
 from lightningrl.tabulate_tree import own_calls, table_from_branched_rollouts
-from lightningrl.train import TrainState, TrainStep
+from lightningrl.train import TrainStep
 from lightningrl.types import Rollout, RolloutRequest, Task
 
 TABLE_MULTIPLE = 256  # tables are padded to multiples of this, so that few shapes are compiled
@@ -57,12 +59,12 @@ class Run:
 
     settings: LoopSettings
     runner: Runner
-    sampler: PolicySampler | RemoteSampler
+    sampler: PolicySampler | RoleSampler | RemoteSampler
     step: TrainStep
     rows: RowSettings
     tasks: Sequence[Task]
     heldout: Mapping[str, Sequence[Task]]  # by the name its reward has in the metrics
-    reference: Params | None  # for the KL term of a recipe that has one
+    reference: Params | None  # for the KL term of a recipe that has one, unless it is the policy's moving mean
     producers: Sequence[Producer]  # of the evidence that the recipe needs
     alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]]  # between collecting and learning; identity but in controls
     log: MetricsLog
@@ -71,9 +73,9 @@ class Run:
     on_iteration: Callable[[Mapping[str, Any]], None]
 
 
-def train(run: Run, state: TrainState, aux: dict[str, Any], done: int) -> TrainState:
+def train(run: Run, policies: Policies, aux: dict[str, Any], done: int) -> Policies:
     """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are; `aux` is the producers' state."""
-    sync(run, state, max(done, 0))  # a resumed run samples from the weights it was stopped with
+    sync(run, policies, max(done, 0))  # a resumed run samples from the weights it was stopped with
     for iteration in range(done + 1, run.settings.iterations + 1):
         clock = Clock()
         metrics: dict[str, Any] = {}
@@ -82,24 +84,25 @@ def train(run: Run, state: TrainState, aux: dict[str, Any], done: int) -> TrainS
             metrics |= describe_rollouts(rollouts)
             branches = branch(run, iteration, rollouts, clock)
             metrics |= describe_branches(rollouts, branches) if run.step.recipe.branches else {}
-            state, aux, learned = learn(run, state, aux, run.alter([*rollouts, *branches], iteration), iteration, clock)
+            policies, aux, learned = learn(run, policies, aux, run.alter([*rollouts, *branches], iteration), iteration, clock)
             metrics |= learned
         with clock("sync"):
-            sync(run, state, iteration)
+            sync(run, policies, iteration)
         if iteration % run.settings.eval_every == 0 or iteration == run.settings.iterations:
             with clock("eval"):
                 metrics |= evaluate(run, iteration)
         metrics |= describe_time(clock, metrics)
         run.log.append(iteration, metrics)
         host = {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration), "evidence": numbers(run.producers, aux)}
-        run.checkpoints.save(iteration, checkpoint_tree(state, arrays(run.producers, aux)), host)
+        run.checkpoints.save(iteration, checkpoint_tree(policies, arrays(run.producers, aux)), host)
         run.on_iteration({"iteration": iteration, **metrics})
-    return state
+    return policies
 
 
-def sync(run: Run, state: TrainState, version: int) -> None:
-    """Hands the sampler a copy of the weights: the next update consumes those of the state."""
-    run.sampler.set_params(jax.tree.map(jnp.copy, state.params), version)
+def sync(run: Run, policies: Policies, version: int) -> None:
+    """Hands the sampler the weights of every policy."""
+    by_role = weights(run.step, policies)
+    run.sampler.set_params(by_role.get(EVERY_ROLE, by_role), version)
 
 
 def collect(run: Run, iteration: int, clock: Clock) -> list[Rollout]:
@@ -152,17 +155,18 @@ def run_agents(
 
 
 def learn(
-    run: Run, state: TrainState, aux: dict[str, Any], rollouts: Sequence[Rollout], iteration: int, clock: Clock
-) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
-    """From rollouts to an updated policy."""
+    run: Run, policies: Policies, aux: dict[str, Any], rollouts: Sequence[Rollout], iteration: int, clock: Clock
+) -> tuple[Policies, dict[str, Any], dict[str, float]]:
+    """From rollouts to updated policies."""
     used = trained_rollouts(own_calls(rollouts))
     table = tabulate(rollouts, used)
     with clock("pack"):
-        batches = pack_updates(used, table, run.settings.updates_per_iteration, run.rows, batch_multiple(run.step.mesh))
+        updates, multiple = run.settings.updates_per_iteration, batch_multiple(run.step.mesh)
+        whose, batches = pack_policies(policies, used, table, updates, run.rows, multiple)
     with clock("train"):
-        batches, scores = score(run.step, state.params, run.reference, batches)
+        batches, scores = score_policies(run.step, policies, run.reference, whose, batches)
     with clock("evidence"):
-        evidence, aux = gather_evidence(run, state, aux, used, iteration)
+        evidence, aux = gather_evidence(run, policies, aux, used, iteration)
     with clock("credit"):
         values = [turn_values(table, b.edges, s.value) for b, s in zip(batches, scores, strict=True)]
         evidence = dataclasses.replace(evidence, value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
@@ -170,17 +174,15 @@ def learn(
         edges = [
             edge_batch(run.step.recipe, table, b.edges, s, advantage, value_target, evidence) for b, s in zip(batches, scores, strict=True)
         ]
-    metrics: dict[str, Any] = {}
     with clock("train"):
-        for batch, batch_edges in zip(batches, edges, strict=True):
-            state, metrics = run.step.update(state, batch.rows, batch_edges)
+        policies, metrics = update_policies(run.step, policies, whose, batches, edges)
         metrics = jax.device_get(metrics)
     learned = {name: float(value) for name, value in metrics.items()} | describe_gap(batches, scores)
     learned["reuse_ratio"] = sum(b.row_tokens for b in batches) / sum(b.computed_tokens for b in batches)
     learned["trained_tokens"] = sum(b.computed_tokens for b in batches)
     learned["advantage_zero_fraction"] = float(np.mean(np.asarray(advantage)[table.valid] == 0))
     learned |= {f"{name}/{key}": n for name, kept in numbers(run.producers, aux).items() for key, n in kept.items()}
-    return state, aux, learned
+    return policies, aux, learned
 
 
 def tabulate(rollouts: Sequence[Rollout], used: Sequence[Rollout]) -> TransitionTable:
@@ -195,12 +197,13 @@ def tabulate(rollouts: Sequence[Rollout], used: Sequence[Rollout]) -> Transition
 
 
 def gather_evidence(
-    run: Run, state: TrainState, aux: dict[str, Any], used: Sequence[Rollout], iteration: int
+    run: Run, policies: Policies, aux: dict[str, Any], used: Sequence[Rollout], iteration: int
 ) -> tuple[Evidence, dict[str, Any]]:
     """What the recipe's producers say, of the policy that sampled; agents that they run are on the clock of evidence."""
     key = jax.random.fold_in(jax.random.key(run.settings.seed), iteration)
     run_more = functools.partial(run_agents, run, iteration, clock=Clock())
-    return produce_evidence(run.producers, state.params, aux, used, key, run=run_more)
+    policy = run.step.weights(policies[EVERY_ROLE]) if EVERY_ROLE in policies else {}  # then no producer asks it: check_roles
+    return produce_evidence(run.producers, policy, aux, used, key, run=run_more)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -235,7 +238,6 @@ def tasks_seen(run: Run, iteration: int) -> int:
     return iteration * min(run.settings.tasks_per_iteration, len(run.tasks))
 
 
-def checkpoint_tree(state: TrainState, evidence: Mapping[str, Any]) -> dict[str, Any]:
-    """The train state and the producers' arrays as the plain tree that is checkpointed."""
-    tree = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
-    return tree | ({"evidence": dict(evidence)} if evidence else {})
+def checkpoint_tree(policies: Policies, evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """The policies and the producers' arrays as the plain tree that is checkpointed."""
+    return as_tree(policies) | ({"evidence": dict(evidence)} if evidence else {})

@@ -2,6 +2,9 @@
 
 An update adds up gradients over micro-batches, each term already divided by the denominator of the *whole* batch, then
 applies the optimizer once: how the batch is cut changes nothing but rounding.
+
+What is trained is kept in float32, all parameters or an adapter on them, and so are gradients, their sums and the optimizer's state.
+What is computed with, the weights, is made from it within the step: the adapter merged, everything rounded to the compute dtype.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from jax.sharding import Mesh
 from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
+from lightningrl.model.lora import Adapter, LoraSettings, adapter_sharding, merge
 from lightningrl.model.params import Params
 from lightningrl.model.token_scores import token_scores
 from lightningrl.packing.rows import Rows
@@ -32,9 +36,11 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, weight) pairs, which a
 
 @struct.dataclass
 class TrainState:
-    params: Params
-    opt_state: Any
+    params: Params  # where there is an adapter, its base, which no update changes
+    opt_state: Any  # of what is trained: the adapter where there is one, else the parameters
     step: jax.Array  # int32 [], updates done
+    adapter: Adapter | None = None
+    reference: Params | Adapter | None = None  # the moving mean of what is trained; None where the reference is another
 
 
 @struct.dataclass
@@ -109,14 +115,36 @@ class TrainStep:
     """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
 
     `score` reads, `update` trains. Both compile once per row length. All that is drawn at random comes from `seed` and the step.
+
+    Args:
+      lora: trains an adapter of these settings; None trains all parameters.
+      compute_dtype: what weights and activations are rounded to, such as bfloat16; None computes in the dtype of the parameters.
+        Log-softmax, losses, the statistics of norms and softmax, sums of gradients and the optimizer stay float32.
+      ema_decay: d in [0, 1): after every update, reference ← d·reference + (1 - d)·trained, the anchor of the KL term in WARP
+        (arXiv 2406.16768, its first stage); it starts as what is trained does. None keeps no such reference.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        seed: int = 0,
+        *,
+        lora: LoraSettings | None = None,
+        compute_dtype: Any = None,
+        ema_decay: float | None = None,
+    ) -> None:
         self.config, self.recipe, self.optimizer, self.mesh, self.seed = config, recipe, optimizer, mesh, seed
+        self.lora, self.compute_dtype, self.ema_decay = lora, compute_dtype, ema_decay
         self._params_at = params_sharding(config, mesh)
+        self._trained_at = self._params_at if lora is None else adapter_sharding(self._params_at, config, lora)
+        self._base_at = None if lora is None else self._params_at
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
+        self._weights = jax.jit(self._weights_of, out_shardings=self._params_at)
         self._score = jax.jit(
-            lambda params, rows, edges: score_edges(params, config, rows, edges),
+            lambda params, rows, edges: score_edges(self.rounded(params), config, rows, edges),
             in_shardings=(self._params_at, self._rows_at, self._whole),
             out_shardings=self._whole,
         )
@@ -125,20 +153,41 @@ class TrainStep:
         self._gradients_of = jax.grad(self._objective, has_aux=True)
         self._accumulate = jax.jit(
             lambda total, *batch: jax.tree.map(jnp.add, total, self._gradients_of(*batch)),
-            in_shardings=((self._params_at, self._whole), self._params_at, self._rows_at, self._whole, self._whole),
+            in_shardings=((self._trained_at, self._whole), self._trained_at, self._base_at, self._rows_at, self._whole, self._whole),
             donate_argnums=0,
         )
         self._zeros: Any = None  # makes what accumulation starts from
         self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
 
-    def init(self, params: Params) -> TrainState:
-        """Fresh optimizer state around a copy of the parameters, sharded by the rules."""
-        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self._params_at)(params)
+    def init(self, params: Params, adapter: Adapter | None = None) -> TrainState:
+        """Fresh optimizer state around a copy of what is trained, sharded by the rules. A base is not copied, as nothing consumes it."""
+        if (adapter is None) != (self.lora is None):
+            raise ValueError("an adapter is trained by a step that was given its settings, and by no other")
+        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self._trained_at)
+        trained = copy(params if adapter is None else adapter)
         zero = jax.device_put(jnp.zeros((), jnp.int32), self._whole)
-        return TrainState(params=params, opt_state=jax.jit(self.optimizer.init)(params), step=zero)
+        return TrainState(
+            params=trained if adapter is None else jax.device_put(params, self._params_at),
+            opt_state=jax.jit(self.optimizer.init)(trained),
+            step=zero,
+            adapter=None if adapter is None else trained,
+            reference=None if self.ema_decay is None else copy(trained),
+        )
+
+    def weights(self, state: TrainState) -> Params:
+        """What the policy computes with: the adapter merged, in the compute dtype. Where that is nothing to do, the state's own arrays."""
+        return self._weights(*self._trained(state))
+
+    def reference(self, state: TrainState) -> Params:
+        """The same of the moving mean. With an adapter it is the mean of the factors A and B, not of their products."""
+        return self._weights(state.reference, self._trained(state)[1])
+
+    def rounded(self, params: Params) -> Params:
+        """Parameters in the compute dtype."""
+        return params if self.compute_dtype is None else jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
 
     def score(self, params: Params, rows: Sequence[Rows], edges: TokenTable) -> Scores:
-        """Scores of all edges, [micro-batches, E], without gradient."""
+        """Scores of all edges, [micro-batches, E], without gradient; of parameters in any dtype, computed in the compute dtype."""
         parts = [self._score(params, r, jax.tree.map(lambda x, i=i: x[i], edges)) for i, r in enumerate(rows)]
         return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
@@ -148,23 +197,34 @@ class TrainStep:
             raise ValueError("an update needs at least one micro-batch")
         denominators = self._denominators(edges)
         if self.recipe.select is not None:
-            edges = dataclasses.replace(edges, selected=self._select(state.step, self.score(state.params, rows, edges.tokens), edges))
-        total = None
+            scores = self.score(self.weights(state), rows, edges.tokens)
+            edges = dataclasses.replace(edges, selected=self._select(state.step, scores, edges))
+        total, (trained, base) = None, self._trained(state)
         for i, r in enumerate(rows):
-            batch = (state.params, r, jax.tree.map(lambda x, i=i: x[i], edges), denominators)
+            batch = (trained, base, r, jax.tree.map(lambda x, i=i: x[i], edges), denominators)
             total = self._accumulate(self._nothing(batch) if total is None else total, *batch)
         assert total is not None
-        return self._apply(state, *total)
+        if base is None:
+            return self._apply(state, *total)
+        after, metrics = self._apply(dataclasses.replace(state, params={}), *total)  # a base is not consumed: others have it too
+        return dataclasses.replace(after, params=base), metrics
 
     def _nothing(self, batch: Any) -> tuple[Params, Metrics]:
         if self._zeros is None:
             shapes = jax.eval_shape(self._gradients_of, *batch)
             # Placed as later totals are: zeros that lie elsewhere would have the step traced and compiled once more.
-            at = (self._params_at, self._whole)
+            at = (self._trained_at, self._whole)
             self._zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=at)
         return self._zeros()
 
+    def _trained(self, state: TrainState) -> tuple[Params | Adapter, Params | None]:
+        """What gradients are of, and the base that it lies on, if it lies on one."""
+        return (state.params, None) if state.adapter is None else (state.adapter, state.params)
+
     # ---- traced
+    def _weights_of(self, trained: Params | Adapter, base: Params | None) -> Params:
+        return self.rounded(trained if self.lora is None or base is None else merge(base, trained, self.lora.scale))
+
     def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:
         """Of each aggregation, from masks alone: they do not depend on the policy."""
         tokens, zeros = edges.tokens, jnp.zeros(jnp.shape(edges.tokens.mask), jnp.float32)
@@ -178,9 +238,11 @@ class TrainStep:
         assert self.recipe.select is not None
         return self.recipe.select(loss_inputs(scores, edges), key=jax.random.fold_in(jax.random.key(self.seed), step))
 
-    def _objective(self, params: Params, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+    def _objective(
+        self, trained: Params | Adapter, base: Params | None, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
         r, tokens, counts = self.recipe, edges.tokens, edges.counts
-        scores = score_edges(params, self.config, rows, tokens)
+        scores = score_edges(self._weights_of(trained, base), self.config, rows, tokens)
         inputs = loss_inputs(scores, edges)
         loss, keep, metrics = r.loss(inputs) if r.select is None else r.loss(inputs, selected=edges.selected)
         pairs = {
@@ -199,8 +261,11 @@ class TrainStep:
         return objective, metrics | pairs
 
     def _apply_gradients(self, state: TrainState, gradients: Params, pairs: Metrics) -> tuple[TrainState, dict[str, jax.Array]]:
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        trained = self._trained(state)[0]
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
         metrics = {name: safe_divide(*pair) for name, pair in pairs.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        after = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
-        return after, metrics
+        trained = optax.apply_updates(trained, updates)
+        reference = None if self.ema_decay is None else optax.incremental_update(trained, state.reference, 1 - self.ema_decay)
+        params, adapter = (trained, None) if self.lora is None else (state.params, trained)
+        return TrainState(params=params, opt_state=opt_state, step=state.step + 1, adapter=adapter, reference=reference), metrics

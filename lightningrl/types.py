@@ -36,6 +36,7 @@ class SamplingParams:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0  # alternatives reported per token; 0 for none
+    role: str = ""  # who asks: where roles have policies of their own, that one's answers
 
     @property
     def truncated(self) -> bool:

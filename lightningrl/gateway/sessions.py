@@ -236,6 +236,7 @@ class Session:
             top_k=max(0, _default(self._forced("top_k", fields.top_k, forced.top_k), 0)),
             stop=fields.stops,
             top_logprobs=request.top_logprobs,
+            role=request.role,
         )
 
     def _forced(self, name: str, asked: Any, forced: Any) -> Any:

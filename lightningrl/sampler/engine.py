@@ -62,7 +62,7 @@ class PolicySampler:
             raise ValueError(f"context_length={settings.context_length} must be a multiple of chunk={settings.chunk}")
         self.settings, self._config, self._tokenizer = settings, config, tokenizer
         self._params, self._version = params, policy_version
-        self._cache = init_cache(config, settings.slots, settings.context_length)
+        self._cache = init_cache(config, settings.slots, settings.context_length, params["embedding"].dtype)
         self._slots: list[_Request | None] = [None] * settings.slots
         self._state = _idle_state(settings.slots)  # host copy, NumPy
         self._waiting: collections.deque[_Request] = collections.deque()
