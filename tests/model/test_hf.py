@@ -23,7 +23,7 @@ from lightningrl.model.config import ModelConfig
 from lightningrl.model.hf import INDEX, VALUE_HEAD, WEIGHTS, load_arrays, save_hf
 from lightningrl.model.hf_config import config_from_hf
 from lightningrl.model.hf_layout import hf_sources
-from lightningrl.model.params import init_params
+from lightningrl.model.params import shapes
 from tests.model.test_decoder import LLAMA_3, QWEN_3, QWEN_25
 
 SHAPE = dict(vocab_size=72, hidden_size=48, num_hidden_layers=2, intermediate_size=56, max_position_embeddings=128)
@@ -53,10 +53,13 @@ def random_torch(config: Any) -> Any:
 
 
 def random_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(3)))
     rng = np.random.default_rng(3)
-    params = tree.unflatten([(leaf + rng.normal(0, 0.1, leaf.shape)).astype(dtype) for leaf in leaves])
-    return params if "value_head" not in params else {**params, "value_head": params["value_head"].astype(jnp.float32)}
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        return rng.normal("norm" in jax.tree_util.keystr(path), 0.2, leaf.shape).astype(dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes(config))
+    return params if "value_head" not in params else {**params, "value_head": params["value_head"].astype(np.float32)}
 
 
 def read_config(directory: pathlib.Path) -> ModelConfig:
@@ -72,7 +75,11 @@ def load(directory: pathlib.Path, **settings: Any) -> tuple[Any, ModelConfig]:
 def our_logits(params: Any, config: ModelConfig) -> np.ndarray:
     length = IDS.shape[1]
     positions, end = np.tile(np.arange(length, dtype=np.int32), (2, 1)), np.full(IDS.shape, length, np.int32)
-    return np.asarray(jax.jit(lambda p: decoder.logits(p, config, decoder.forward(p, config, IDS, positions, end)))(params))
+
+    def logits(params: Any) -> jax.Array:
+        return decoder.logits(params, config, decoder.forward(params, config, IDS, positions, end))
+
+    return np.asarray(jax.jit(logits, compiler_options={"xla_backend_optimization_level": 0})(params))
 
 
 def torch_logits(model: Any) -> np.ndarray:
@@ -128,7 +135,7 @@ def test_dtypes_are_cast_on_the_way(tmp_path: pathlib.Path) -> None:
     with safetensors.safe_open(tmp_path / WEIGHTS, framework="np") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    equal(load(tmp_path)[0], jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    equal(load(tmp_path)[0], jax.tree.map(lambda x: x.astype(np.float32), params))
     equal(load(tmp_path, dtype=jnp.bfloat16)[0], params)  # the value head stays float32
     save_hf(tmp_path, load(tmp_path)[0], config, dtype=ml_dtypes.bfloat16)
     equal(load(tmp_path, dtype=jnp.bfloat16)[0], params)
