@@ -1,11 +1,9 @@
-"""Weights in and out: against `transformers`' torch implementation, through files and back, and what is refused."""
+"""Weights in and out: through files and back, and what is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,106 +12,11 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from lightningrl.errors import UserError
-from lightningrl.model import decoder
-from lightningrl.model.config import ModelConfig
-from lightningrl.model.hf import INDEX, VALUE_HEAD, WEIGHTS, load_arrays, save_hf
-from lightningrl.model.hf_config import config_from_hf
-from lightningrl.model.hf_layout import hf_sources
-from lightningrl.model.params import shapes
+from lightningrl.model.hf import INDEX, VALUE_HEAD, WEIGHTS, save_hf
+from tests.model.hf_checkpoints import OURS, equal, load, random_params
 from tests.model.test_decoder import LLAMA_3, QWEN_3, QWEN_25
-
-SHAPE = dict(vocab_size=72, hidden_size=48, num_hidden_layers=2, intermediate_size=56, max_position_embeddings=128)
-GROUPED = dict(num_attention_heads=6, num_key_value_heads=2)
-SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-THEIRS = {
-    "llama_3.1": LlamaConfig(**SHAPE, **GROUPED, rope_theta=5e5, rope_scaling=SCALED, rms_norm_eps=1e-5),
-    "llama_3.2": LlamaConfig(**SHAPE, **GROUPED, rope_theta=5e5, rope_scaling=SCALED, head_dim=16, tie_word_embeddings=True),
-    "llama_of_one_kv_head": LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=1),
-    "qwen_2.5_tied": Qwen2Config(**SHAPE, **GROUPED, rope_theta=1e6, tie_word_embeddings=True),
-    "qwen_2.5": Qwen2Config(**SHAPE, num_attention_heads=4, num_key_value_heads=4, rope_theta=1e6),
-    "qwen_3": Qwen3Config(**SHAPE, **GROUPED, head_dim=20, rope_theta=1e6),
-    "qwen_3_tied": Qwen3Config(**SHAPE, num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True),
-}
-OURS = {"llama_3": LLAMA_3, "qwen_2.5": QWEN_25, "qwen_3": dataclasses.replace(QWEN_3, value_head=True)}
-IDS = np.random.default_rng(0).integers(0, 40, (2, 48)).astype(np.int32)  # beyond the original 32 positions of the scaled RoPE
-
-
-def random_torch(config: Any) -> Any:
-    """Random in every array, biases and norms too."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model
-
-
-def random_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    rng = np.random.default_rng(3)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        return rng.normal("norm" in jax.tree_util.keystr(path), 0.2, leaf.shape).astype(dtype)
-
-    params = jax.tree_util.tree_map_with_path(draw, shapes(config))
-    return params if "value_head" not in params else {**params, "value_head": params["value_head"].astype(np.float32)}
-
-
-def read_config(directory: pathlib.Path) -> ModelConfig:
-    path = directory / "config.json"
-    return config_from_hf(json.loads(path.read_text()), str(path))
-
-
-def load(directory: pathlib.Path, **settings: Any) -> tuple[Any, ModelConfig]:
-    config = dataclasses.replace(read_config(directory), value_head=(directory / VALUE_HEAD).exists())
-    return load_arrays(directory, config, hf_sources(config), **settings), config
-
-
-def our_logits(params: Any, config: ModelConfig) -> np.ndarray:
-    length = IDS.shape[1]
-    positions, end = np.tile(np.arange(length, dtype=np.int32), (2, 1)), np.full(IDS.shape, length, np.int32)
-
-    def logits(params: Any) -> jax.Array:
-        return decoder.logits(params, config, decoder.forward(params, config, IDS, positions, end))
-
-    return np.asarray(jax.jit(logits, compiler_options={"xla_backend_optimization_level": 0})(params))
-
-
-def torch_logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(IDS.astype(np.int64))).logits.numpy()
-
-
-def same_logits(ours: np.ndarray, theirs: np.ndarray) -> None:
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-    assert theirs.std() > 0.3  # far more than the tolerance
-
-
-def equal(ours: Any, theirs: Any) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("name", THEIRS)
-def test_a_checkpoint_of_transformers_has_its_logits(name: str, tmp_path: pathlib.Path) -> None:
-    model = random_torch(THEIRS[name])
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert (tmp_path / INDEX).exists()
-    same_logits(our_logits(*load(tmp_path)), torch_logits(model))
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_transformers_loads_what_is_exported(name: str, tmp_path: pathlib.Path) -> None:
-    params, config = random_params(OURS[name]), OURS[name]
-    save_hf(tmp_path, params, config, max_file_mb=0.01)
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    same_logits(our_logits(params, config), torch_logits(model.eval()))
 
 
 @pytest.mark.parametrize("name", OURS)
