@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -113,10 +114,18 @@ def assemble(sources: tuple[Source, ...], shape: tuple[int, ...], index: tuple[s
     are cut at the outermost axis and read exactly.
     """
     wanted = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    out = np.empty([hi - lo for lo, hi in wanted], dtype)
+    out = _buffer([hi - lo for lo, hi in wanted], np.dtype(dtype))
     for source in sources:
         _fill(out, source, shape, wanted, read)
     return out
+
+
+def _buffer(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    # A large one is a mapping of its own: the system has it back when it is dropped, while malloc keeps many of tens of megabytes. It
+    # begins on a page, so a CPU device takes it over as it is.
+    if (size := math.prod(shape) * dtype.itemsize) < BLOCK_BYTES:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
 
 def _fill(out: np.ndarray, source: Source, shape: tuple[int, ...], wanted: list[tuple[int, int]], read: Read) -> None:
