@@ -10,7 +10,7 @@ from typing import Any
 from lightningrl.config import FitConfig
 from lightningrl.model.params import Params
 from lightningrl.policies import EVERY_ROLE, Policies, weights
-from lightningrl.policy import Policy, save_policy
+from lightningrl.policy import Policy, export_policy
 from lightningrl.recipe import Recipe, with_correction
 from lightningrl.recipes import get_recipe
 from lightningrl.runtime.local import CallAgent
@@ -41,7 +41,7 @@ def outside_engine(url: str, policy: Policy, config: FitConfig) -> RemoteSampler
     engine = EngineSettings(url, folder, config.engine_model, reload_requests(config.engine_reload), config.context_length)
 
     def export(folder: Path, params: Any) -> None:
-        save_policy(folder, dataclasses.replace(policy, params=params))
+        export_policy(folder, dataclasses.replace(policy, params=params))
 
     sampler = RemoteSampler(engine, policy.tokenizer, export)
     sampler.check()
