@@ -20,9 +20,7 @@ from lightningrl.table import Array
 SMALLEST = 16  # the shortest side that Triton multiplies
 
 
-def attend_pallas(
-    q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, block: int = 64, interpret: bool | None = None
-) -> jax.Array:
+def attend_pallas(q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, block: int = 64, interpret: bool | None = None) -> jax.Array:
     """softmax(q kᵀ / √d) v over the keys that each token of a trie sees, summed in float32.
 
     Args:
@@ -44,9 +42,7 @@ def attend_pallas(
         raise ValueError("the kernel sums in float32: float64 is for attend_blocks or attend_dense")
     b, kv, g, t, d = q.shape
     over, wide = -t % block, max(SMALLEST, pl.next_power_of_2(d)) - d
-    q, k, v = (
-        jnp.pad(x.reshape(b * kv, *x.shape[2:]), [(0, 0)] * (x.ndim - 3) + [(0, over), (0, wide)]) for x in (q, k, v)
-    )
+    q, k, v = (jnp.pad(x.reshape(b * kv, *x.shape[2:]), [(0, 0)] * (x.ndim - 3) + [(0, over), (0, wide)]) for x in (q, k, v))
     end = jnp.repeat(jnp.pad(jnp.asarray(end), ((0, 0), (0, over))), kv, axis=0)
     use = jax.default_backend() != "gpu" if interpret is None else interpret
     out = _attend(block, d, use, q, k, v, subtree_end(end))
