@@ -1,4 +1,4 @@
-"""Attention: the one seam, `attend`, behind which kernels are exchanged.
+"""Attention: the seams behind which kernels are exchanged, `attend_tree` for rows of tries and `attend` against a cache.
 
 Layout is [batch, kv_heads, …, tokens, head_dim] with the query heads of a key/value head beside each other, so that every
 product is a plain batched matmul over (batch, kv_heads): the [B, T, H, d] layout is several times slower on CPU.
@@ -6,10 +6,20 @@ product is a plain batched matmul over (batch, kv_heads): the [B, T, H, d] layou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 
+from lightningrl.model.attention_blocks import attend_blocks
 from lightningrl.table import Array
+
+# (q [B, K, G, T, d], k [B, K, T, d], v [B, K, T, d], end [B, T]) -> [B, K, G, T, d]
+TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, Array], jax.Array]
+Implementation = Literal["dense", "blocks", "pallas"]
+
+LONGEST_DENSE = 512
 
 
 def tree_mask(end: Array) -> jax.Array:
@@ -40,21 +50,66 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       float [B, K, G, T, d].
     """
     b, kv, g, t, d = q.shape
-    scores = jnp.einsum("bkxd,bksd->bkxs", q.reshape(b, kv, g * t, d) * d**-0.5, k, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bkxd,bksd->bkxs", q.reshape(b, kv, g * t, d) * d**-0.5, k, preferred_element_type=wide)
     scores = jnp.where(mask[:, None, None], scores.reshape(b, kv, g, t, -1), -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     mixed = jnp.einsum("bkxs,bksd->bkxd", weights.reshape(b, kv, g * t, -1).astype(v.dtype), v).reshape(q.shape)
     return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
 
-def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, block: int = 32) -> jax.Array:
-    """`attend` for whole rows, S = T, whose mask shows nobody a later token: each block of queries skips the keys after it.
+def attend_dense(q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, block: int = 32) -> jax.Array:
+    """`attend` for short rows of tries: each block of queries skips the keys after it, which nobody there sees.
 
     On CPU a block's scores stay in the cache between the two products, which makes this three times as fast as one `attend`.
+    Memory is quadratic in T.
+
+    Args:
+      q: float [B, K, G, T, d]; k, v: float [B, K, T, d]; end: int32 [B, T], see `tree_mask`.
+      block: queries in a block, > 0. T need not be a multiple of it.
     """
-    t = q.shape[3]
+    mask = tree_mask(end)
     parts = [
         attend(q[:, :, :, lo : lo + block], k[:, :, : lo + block], v[:, :, : lo + block], mask[:, lo : lo + block, : lo + block])
-        for lo in range(0, t, block)
+        for lo in range(0, q.shape[3], block)
     ]
     return jnp.concatenate(parts, axis=3)
+
+
+def choose_attention(t: int, backend: str) -> Implementation:
+    """The implementation for rows of t tokens on a backend ("cpu", "gpu", "tpu"): the fastest that fits."""
+    if backend == "gpu":
+        return "pallas"
+    return "dense" if t <= LONGEST_DENSE else "blocks"
+
+
+def attend_tree(q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, implementation: Implementation | TreeAttention) -> jax.Array:
+    """softmax(q kᵀ / √d) v where a token sees its ancestors in the trie and itself. All implementations agree to rounding.
+
+    Args:
+      q: float [B, K, G, T, d]; G query heads share each of the K key/value heads.
+      k, v: float [B, K, T, d].
+      end: int32 [B, T], one past the last token of each token's subtree; ≤ its own index for padding, see `tree_mask`.
+      implementation: "dense", `attend_dense`: memory quadratic in T; "blocks", `attention_blocks.attend_blocks`: linear; "pallas",
+        `attention_pallas.attend_pallas`: a GPU kernel, interpreted (slowly) elsewhere; or a function of the four arrays.
+        `choose_attention` is the rule.
+
+    Returns:
+      float [B, K, G, T, d], of the type of v.
+
+    Raises:
+      ValueError: no implementation has that name.
+    """
+    if callable(implementation):
+        return implementation(q, k, v, end)
+    match implementation:
+        case "dense":
+            return attend_dense(q, k, v, end)
+        case "blocks":
+            return attend_blocks(q, k, v, end)
+        case "pallas":
+            # Imported when asked for: Pallas' GPU backends come and go with jax versions.
+            from lightningrl.model.attention_pallas import attend_pallas
+
+            return attend_pallas(q, k, v, end)
+    raise ValueError(f"attention implementation {implementation!r} must be one of {', '.join(get_args(Implementation))}, or a function")

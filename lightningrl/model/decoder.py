@@ -6,18 +6,21 @@ cache, for sampling. Both run the same `block`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from lightningrl.model.attention import attend_rows, tree_mask
+from lightningrl.model.attention import Implementation, TreeAttention, attend_tree, choose_attention
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
 from lightningrl.model.rope import rotate, rotation
 from lightningrl.table import Array
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q [B,K,G,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,K,G,T,d]
+Remat = Literal["none", "layers", "dots"]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -55,21 +58,53 @@ def rope_of(config: ModelConfig, positions: Array) -> tuple[jax.Array, jax.Array
     return cos[:, None, None], sin[:, None, None]
 
 
-def forward(params: Params, config: ModelConfig, tokens: Array, positions: Array, end: Array) -> jax.Array:
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    end: Array,
+    *,
+    attention: Implementation | TreeAttention | None = None,
+    remat: Remat = "none",
+) -> jax.Array:
     """Hidden states of rows of tries, after the final norm.
 
     Args:
-      tokens: int32 [B, T]; positions: int32 [B, T], depth in the trie; end: int32 [B, T], see `tree_mask`.
+      tokens: int32 [B, T]; positions: int32 [B, T], depth in the trie; end: int32 [B, T], see `attention.tree_mask`.
+      attention: an implementation of `attention.attend_tree` or a function; None: that of `choose_attention`.
+      remat: what a gradient computes again instead of keeping it. "none": keeps all; "layers": keeps each layer's input and
+        computes the layer again; "dots": keeps the results of the products with parameters, too.
 
     Returns:
       float [B, T, D]. Padding's are finite and mean nothing.
+
+    Raises:
+      ValueError: an unknown `attention` or `remat`.
     """
-    mask = tree_mask(end)
+    chosen = choose_attention(tokens.shape[1], jax.default_backend()) if attention is None else attention
     rope = rope_of(config, positions)
+
+    def run(layer: Params, x: jax.Array, rope: tuple[jax.Array, jax.Array], end: Array) -> jax.Array:
+        return block(layer, config, x, rope, functools.partial(attend_tree, end=end, implementation=chosen))
+
+    run = rematerialized(run, remat)
     x = params["embedding"][tokens]
     for layer in params["layers"]:
-        x = block(layer, config, x, rope, lambda q, k, v: attend_rows(q, k, v, mask))
+        x = run(layer, x, rope, end)
     return rms_norm(x, params["final_norm"], config.norm_eps)
+
+
+def rematerialized(run: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:
+    """`run`, whose gradient keeps what `remat` says; see `forward`."""
+    match remat:
+        case "none":
+            return run
+        case "layers":
+            return jax.checkpoint(run)
+        case "dots":
+            return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise ValueError(f"remat={remat!r} must be one of {', '.join(get_args(Remat))}")
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
