@@ -64,6 +64,7 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_an_update_moves_the_adapter_by_the_chain_rule_and_nothing_else() -> None:
     """dA = s·G·Bᵀ and dB = s·Aᵀ·G, G what an update of all parameters moves the merged matrix by."""
     start = with_factors(start_policies(step(), params()))

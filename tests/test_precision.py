@@ -16,9 +16,9 @@ from lightningrl.packing.rows import PackedBatch, Rows, pack
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sharding import make_mesh
 from lightningrl.table import TokenTable
-from lightningrl.train import Scores, TrainStep
+from lightningrl.train import TrainStep
 from lightningrl.types import SamplingParams, Transition
-from tests.small_step import CONFIG, REINFORCE, ROWS, advantages, edges_of, params, recorded
+from tests.small_step import CONFIG, REINFORCE, ROWS, advantages, edges_of, mean_so_far, params, recorded
 
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)  # 2⁻⁷, the gap between 1 and the next number
 
@@ -46,11 +46,13 @@ def test_what_is_trained_and_what_trains_it_stay_float32() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(step(jnp.bfloat16).weights(state))} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, metrics, scores))} == {np.dtype(np.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} == {np.dtype(np.float32), np.dtype(np.int32)}
-    # A step of 0.01 on numbers of 0.3 is smaller than what bfloat16 would keep of many of them, and none of it is lost.
-    moved = np.abs(np.asarray(state.params["layers"][0]["down"]) - params()["layers"][0]["down"])
-    np.testing.assert_allclose(moved, 0.01, rtol=1e-3)
+    # None of a step is lost to rounding: it is as long as Adam's first one is, and ends between the numbers that bfloat16 has.
+    after, before = np.asarray(state.params["layers"][0]["down"]), params()["layers"][0]["down"]
+    np.testing.assert_allclose(np.median(np.abs(after - before)), 0.01, rtol=1e-4)
+    assert np.mean(after == after.astype(jnp.bfloat16).astype(np.float32)) < 0.1
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_as_its_rounding() -> None:
     (exact, expected, scores), (rounded, metrics, coarse) = updated(None), updated(jnp.bfloat16)
     mask = np.asarray(batch().edges.mask)
@@ -106,18 +108,6 @@ def test_sampler_and_trainer_in_bfloat16_differ_by_its_rounding_alone() -> None:
 
 
 # ---- accumulation
-
-
-def mean_so_far(params: Any, config: Any, rows: Rows, edges: TokenTable) -> Scores:
-    """In place of the decoder, which computes parts in float32: a policy that can be computed in any dtype."""
-    embedded = params["embedding"][rows.tokens]
-    hidden = jnp.tanh(
-        jnp.cumsum(embedded, axis=1) / (1 + rows.positions[..., None]) @ params["layers"][0]["down"].T[:, : CONFIG.hidden_size]
-    )
-    logp = jax.nn.log_softmax(hidden.reshape(-1, CONFIG.hidden_size)[edges.node] @ params["embedding"].T)
-    picked = jnp.take_along_axis(logp, edges.token[:, None], axis=-1)[:, 0]
-    nothing = jnp.zeros_like(picked)
-    return Scores(logp=picked, entropy=nothing, value=nothing, sum_pi2=nothing)
 
 
 def gradient(cuts: int, dtype: Any) -> Any:

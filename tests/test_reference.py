@@ -21,11 +21,22 @@ from lightningrl.policy import load_policy
 from lightningrl.sharding import make_mesh
 from lightningrl.train import TrainStep
 from lightningrl.types import Rollout
-from tests.small_step import CONFIG, REINFORCE, ROLES, ROWS, advantages, edges_of, params, recorded, table
+from tests.small_step import CONFIG, REINFORCE, ROLES, ROWS, advantages, edges_of, mean_so_far, params, recorded, table
 from tests.test_evidence_in_the_loop import TASKS, TINY, agent
 
 LORA = LoraSettings(rank=2)
 EPS = np.finfo(np.float32).eps
+
+
+@pytest.fixture
+def no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightningrl.train.score_edges", mean_so_far)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Of compiled programs, shared by all runs here."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @functools.cache
@@ -44,6 +55,7 @@ def trained(policies: Policies, of: TrainStep, updates: int) -> list[Any]:
 
 
 @pytest.mark.parametrize(("lora", "roles"), [(None, ()), (LORA, ROLES)])
+@pytest.mark.usefixtures("no_decoder")
 def test_the_mean_after_every_update(lora: LoraSettings | None, roles: tuple[str, ...]) -> None:
     """d·mean + (1 - d)·trained, written as a loop in float64."""
     start = start_policies(step(lora), params(), roles)
@@ -58,12 +70,14 @@ def test_the_mean_after_every_update(lora: LoraSettings | None, roles: tuple[str
         assert max(jax.tree.leaves(far)) > 1e-3  # it lags behind
 
 
+@pytest.mark.usefixtures("no_decoder")
 def test_a_decay_of_0_is_the_policy_itself() -> None:
     *_, policies = trained(start_policies(step(LORA, 0.0), params()), step(LORA, 0.0), 1)
     state = policies[EVERY_ROLE]
     jax.tree.map(np.testing.assert_array_equal, state.reference, state.adapter)
 
 
+@pytest.mark.usefixtures("no_decoder")
 def test_the_kl_term_reads_the_mean_of_the_policy_whose_call_it_is() -> None:
     *_, policies = trained(start_policies(step(LORA), params(), ROLES), step(LORA), 1)
     whose, batches = pack_policies(policies, recorded(), table(), 1, ROWS, 1)
@@ -79,11 +93,11 @@ def test_the_kl_term_reads_the_mean_of_the_policy_whose_call_it_is() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_role", [False, True])
-def test_a_run_with_adapters_and_a_moving_reference_goes_on_where_it_was_stopped(tmp_path: pathlib.Path, per_role: bool) -> None:
+def test_a_run_with_adapters_and_a_moving_reference_goes_on_where_it_was_stopped(
+    tmp_path: pathlib.Path, cache: pathlib.Path, per_role: bool
+) -> None:
     """Every metric and every bit of every adapter; the base is the start's, and each sampler's log-probs are its trainer's."""
-    settings: dict[str, Any] = dict(
-        TINY, recipe="grpo", cache=str(tmp_path / "cache"), rollouts_per_task=2, lora_rank=2, reference="ema", ema_decay=0.5
-    )
+    settings: dict[str, Any] = dict(TINY, recipe="grpo", cache=str(cache), rollouts_per_task=2, lora_rank=2, reference="ema", ema_decay=0.5)
     settings |= {"train_roles": ("writer", "rewriter"), "lora_per_role": True} if per_role else {}
 
     def run(out: str, **changes: Any) -> list[dict[str, Any]]:
