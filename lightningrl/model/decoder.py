@@ -24,9 +24,9 @@ Remat = Literal["none", "layers", "dots"]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / √(mean(x²) + ε) · scale (arXiv 1910.07467), in float32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
+    """x / √(mean(x²) + ε) · scale (arXiv 1910.07467), in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
 
 
 def block(layer: Params, config: ModelConfig, x: jax.Array, rope: tuple[jax.Array, jax.Array], attention: Attention) -> jax.Array:
@@ -108,13 +108,13 @@ def rematerialized(run: Callable[..., jax.Array], remat: Remat) -> Callable[...,
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Next-token logits. hidden: float [..., D] -> float32 [..., V]."""
+    """Next-token logits. hidden: float [..., D] -> float32 at least, [..., V]."""
     head = params["embedding"].T if config.tie_embeddings else params["head"]
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
 
 
 def values(params: Params, hidden: jax.Array) -> jax.Array:
-    """The critic's value of the state after each token. hidden: float [..., D] -> float32 [...]; 0 without a critic."""
+    """The critic's value of the state after each token. hidden: float [..., D] -> float32 at least, [...]; 0 without a critic."""
     if "value_head" not in params:
         return jnp.zeros(hidden.shape[:-1], jnp.float32)
-    return jnp.sum(hidden.astype(jnp.float32) * params["value_head"], axis=-1)
+    return jnp.sum(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)) * params["value_head"], axis=-1)

@@ -34,7 +34,7 @@ def token_scores(
       chunk: logits of a token that exist at once, ≥ 1.
 
     Returns:
-      float32 [E] each, computed in float32.
+      float32 [E] each, computed in float32; float64 of hidden states in float64.
     """
     chex.assert_rank([hidden, token, temperature], [2, 1, 1])
     # [V, D] of either kind of head; a tied one is the embedding as it lies.
@@ -48,7 +48,11 @@ def token_scores(
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: Array) -> jax.Array:
-    return jnp.matmul(hidden, head.T, preferred_element_type=jnp.float32) / temperature[:, None]
+    return jnp.matmul(hidden, head.T, preferred_element_type=_wide(hidden)) / temperature[:, None]
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 class _Sums(NamedTuple):
@@ -117,8 +121,8 @@ def _backward(chunk: int, kept: Any, gradients: Any) -> tuple[jax.Array, jax.Arr
         here = low + jnp.arange(len(part)) == token[:, None]
         dz = of_logp * (here - p) - of_entropy * p * (logp + entropy[:, None]) + of_sum_pi2 * 2 * p * (p - sum_pi2[:, None])
         dz = (dz / temperature[:, None]).astype(hidden.dtype)
-        to_part = jnp.matmul(dz.T, hidden, preferred_element_type=jnp.float32).astype(head.dtype)
-        return jnp.matmul(dz, part, preferred_element_type=jnp.float32), to_part
+        to_part = jnp.matmul(dz.T, hidden, preferred_element_type=_wide(hidden)).astype(head.dtype)
+        return jnp.matmul(dz, part, preferred_element_type=_wide(hidden)), to_part
 
     def step(to_hidden: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
         more, to_part = read(low, jax.lax.dynamic_slice_in_dim(head, low, chunk))
