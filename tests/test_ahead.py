@@ -1,0 +1,77 @@
+"""Sampling jobs are done in order, beside the caller where they are to be, and their errors reach whoever waits."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+
+from lightningrl.ahead import SamplingJobs
+
+BOTH = pytest.mark.parametrize("beside", [False, True])
+
+
+@BOTH
+def test_jobs_are_done_in_order_one_at_a_time(beside: bool) -> None:
+    running, seen = threading.Lock(), []
+
+    def job(i: int) -> int:
+        assert running.acquire(blocking=False)
+        seen.append(i)
+        running.release()
+        return i * i
+
+    with SamplingJobs(beside=beside) as jobs:
+        results = [jobs.submit(lambda i=i: job(i)) for i in range(20)]
+        assert [wait() for wait in reversed(results)] == [i * i for i in reversed(range(20))]
+    assert seen == list(range(20))
+
+
+def test_the_caller_goes_on_while_a_job_runs() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def job() -> str:
+        begun.set()
+        assert go_on.wait(10)
+        return threading.current_thread().name
+
+    with SamplingJobs(beside=True) as jobs:
+        wait = jobs.submit(job)
+        assert begun.wait(10)
+        go_on.set()
+        assert wait() == "sampling"
+
+
+def test_without_a_thread_a_job_is_done_where_it_is_handed_in() -> None:
+    with SamplingJobs(beside=False) as jobs:
+        assert jobs.submit(threading.current_thread)() is threading.current_thread()
+
+
+@BOTH
+def test_what_a_job_raises_reaches_who_waits(beside: bool) -> None:
+    def fail() -> None:
+        raise KeyError("what")
+
+    with SamplingJobs(beside=beside) as jobs, pytest.raises(KeyError, match="what"):
+        jobs.submit(fail)()
+
+
+def test_a_block_that_is_left_by_an_exception_drops_what_was_not_begun() -> None:
+    begun, release, done = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        begun.set()
+        assert release.wait(10)
+        done.append("first")
+
+    with pytest.raises(KeyboardInterrupt), SamplingJobs(beside=True) as jobs:
+        wait = jobs.submit(first)
+        never = jobs.submit(lambda: done.append("second"))
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+    with pytest.raises(CancelledError):
+        never()
+    release.set()
+    wait()
+    assert done == ["first"]
