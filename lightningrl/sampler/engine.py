@@ -1,8 +1,8 @@
 """Continuous batching: a thread that keeps the slots full.
 
-Each turn of its loop admits waiting requests to free slots, the lowest first, so that as few groups as possible run; then every
-group either reads prompts or decodes a burst. A group reads while a prompt is left to be read. Which requests share a group never
-changes what a request gets (see `steps.py`), so arrival order is free to vary.
+Each turn of its loop admits waiting requests to free slots, the lowest first, so that as few groups as possible are decoded; one run
+of the compiled program then reads prompts and decodes a burst, while the answers of the turn before are handed out. Which requests
+share a turn never changes what a request gets (see `steps.py`), so arrival order is free to vary.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 
 from lightningrl.model.cache import cache_bytes, init_cache
@@ -23,55 +24,24 @@ from lightningrl.model.params import Params
 from lightningrl.sampler.metrics import SamplerCounts, exposition
 from lightningrl.sampler.prefix_cache import PrefixCache
 from lightningrl.sampler.request import OnTokens, Request
-from lightningrl.sampler.steps import FLOATS, INTEGERS, Burst, SlotState, decode, load, prefill
+from lightningrl.sampler.slots import Slots, plan_reading
+from lightningrl.sampler.steps import Plan, TurnShape, turn
 from lightningrl.types import Completion, FinishReason, SamplingParams
 
-LOADS = 64  # blocks taken from the pool by one run of `load`, at most
+SHORTEST = 64  # cache positions that decoding looks at, at least, where their number follows the load
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
     slots: int = 32  # conversations decoded at once
     context_length: int = 256  # prompt and response together, at most
-    group: int = 8  # slots that a compiled program works on; on a GPU, as many as there are slots
-    prefill_rows: int = 8  # pieces of prompts read at once
-    chunk: int = 16  # tokens of a piece, and of a block of the prefix cache
-    steps: int = 4  # tokens decoded per return to the host
+    group: int = 8  # slots decoded together; on a GPU, as many as there are slots
+    chunk: int = 16  # tokens of a piece of a prompt, and of a block of the prefix cache
+    prefill_rows: int = 4  # pieces read together
+    prefill_runs: int = 8  # times that in a turn, at most: who decodes waits no longer for who reads
+    steps: int = 8  # tokens decoded in a turn
     prefix_cache_mb: int = 64  # 0: every prompt is read anew
     deterministic: bool = True  # a request gets the same bits whatever else is running; if not, shapes follow the load
-
-
-class Group:
-    """The slots that one run of a program works on."""
-
-    def __init__(self, config: ModelConfig, slots: int, usable: int, length: int) -> None:
-        self.cache = init_cache(config, slots, length)
-        self.integers, self.floats = np.zeros((INTEGERS, slots), np.int32), np.ones((FLOATS, slots), np.float32)
-        self.state = SlotState.of(self.integers, self.floats)  # views
-        self.requests: list[Request | None] = [None] * usable
-
-    def unread(self) -> list[tuple[int, Request]]:
-        return [(slot, r) for slot, r in enumerate(self.requests) if r is not None and r.read < r.to_read]
-
-    def active(self) -> list[tuple[int, Request]]:
-        return [(slot, r) for slot, r in enumerate(self.requests) if r is not None and r.active]
-
-    def activate(self) -> None:
-        """Lets the slots decode whose prompts have been read."""
-        st = self.state
-        for slot, request in enumerate(self.requests):
-            if request is None or request.active or request.read < request.to_read:
-                continue
-            p, request.active = request.params, True
-            st.token[slot], st.position[slot], st.generated[slot] = request.prompt[-1], request.to_read, 0
-            st.max_tokens[slot], st.top_k[slot], st.alternatives[slot] = p.max_tokens, p.top_k, p.top_logprobs > 0
-            st.key[:, slot] = np.array(request.key, np.uint32).view(np.int32)
-            st.temperature[slot], st.top_p[slot] = p.temperature, p.top_p
-
-    def release(self, slot: int) -> None:
-        self.requests[slot] = None
-        self.state.max_tokens[slot] = self.state.generated[slot] = 0
-        self.state.alternatives[slot], self.state.top_p[slot], self.state.top_k[slot] = 0, 1.0, 0
 
 
 class PolicySampler:
@@ -85,15 +55,26 @@ class PolicySampler:
         self._params, self._version = params, policy_version
         self._new_params: tuple[Params, int] | None = None
         group = min(s.group, s.slots)
-        self._groups = [Group(config, group, min(group, s.slots - at), s.context_length) for at in range(0, s.slots, group)]
-        blocks = s.prefix_cache_mb * 2**20 // cache_bytes(config, s.chunk)
-        self._prefixes = PrefixCache(blocks, s.chunk)
-        self._pool = init_cache(config, max(blocks, 1), s.chunk)
+        self._shape = TurnShape(
+            slots=-(-s.slots // group) * group,
+            group=group,
+            steps=min(s.steps, s.context_length),
+            chunk=s.chunk,
+            rows=s.prefill_rows,
+            pieces=s.prefill_rows * s.prefill_runs,
+            loads=4 * s.context_length // s.chunk,
+            length=s.context_length,
+        )
+        self._slots = Slots(self._shape.slots, s.slots)
+        self._prefixes = PrefixCache(s.prefix_cache_mb * 2**20 // cache_bytes(config, s.chunk), s.chunk)
+        self._cache = init_cache(config, self._shape.slots, s.context_length)
+        self._pool = init_cache(config, self._prefixes.blocks + 1, s.chunk)  # the last is written where nothing is to be kept
         self._waiting: collections.deque[Request] = collections.deque()
         self._in_flight = 0
         self._wake = threading.Condition()
         self._running = False
         self._thread: threading.Thread | None = None
+        self._answers: list[Callable[[], None]] = []  # what is to be told to callers, while the next turn runs
         self.counts = SamplerCounts()
 
     # ---- called from any thread
@@ -110,17 +91,13 @@ class PolicySampler:
         """Time that was not spent in waiting for work, for the time split of metrics."""
         return self.counts.busy_seconds
 
-    @property
-    def slots_in_use(self) -> int:
-        return sum(r is not None for group in self._groups for r in group.requests)
-
     def metrics_text(self) -> str:
         """For `/metrics`."""
         return exposition(
             self.counts,
             {
                 "slots": ("Slots there are.", self.settings.slots),
-                "slots_in_use": ("Slots that read or decode.", self.slots_in_use),
+                "slots_in_use": ("Slots that read or decode.", self._slots.in_use()),
                 "in_flight": ("Requests accepted and not yet finished.", self._in_flight),
                 "waiting": ("Requests that wait for a slot.", len(self._waiting)),
                 "cache_blocks": ("Blocks of the prefix cache.", self._prefixes.blocks),
@@ -184,13 +161,14 @@ class PolicySampler:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while self._running and not self._waiting and not self.slots_in_use:
+            while self._running and not self._waiting and not self._slots.in_use():
                 self._wake.wait()
             return self._running
 
     def _fail(self, error: Exception) -> None:
+        self._answer()
         with self._wake:
-            left = [r for group in self._groups for r in group.requests if r is not None] + list(self._waiting)
+            left = [r for _, r in self._slots.taken()] + list(self._waiting)
             self._waiting.clear()
         for request in left:
             if not request.future.done():
@@ -199,18 +177,29 @@ class PolicySampler:
     def _turn(self) -> None:
         self._take_weights()
         self._admit()
-        self._prefixes.next_turn()
-        bursts = []
-        for group in self._groups:
-            if unread := group.unread():
-                self._take_known(group, unread)
-                self._read(group, unread)
-            if not group.unread():
-                group.activate()
-                if group.active():
-                    bursts.append((group, self._decode(group)))
-        for group, burst in bursts:  # all are under way before the first is waited for
-            self._collect(group, burst)
+        if not self._slots.in_use():
+            return self._answer()
+        flat = np.zeros(Plan.size(self._shape), np.int32)
+        plan = Plan.of(flat, self._shape)
+        self.counts.cached_tokens += plan_reading(self._slots, self._prefixes, self._shape, plan, self._prefixes.blocks)
+        active = self._slots.activate()
+        groups = sorted({slot // self._shape.group for slot, _ in active})
+        plan.groups[: len(groups)], plan.counts[3] = groups, len(groups)
+        plan.integers[:], plan.floats[:] = self._slots.integers, self._slots.floats.view(np.int32)
+        self._cache, self._pool, burst, top = turn(
+            self._params,
+            self._cache,
+            self._pool,
+            flat,
+            config=self._config,
+            shape=self._shape,
+            end_token=self._tokenizer.eos_token_id,
+        )
+        self._answer()
+        tokens, logprobs = np.asarray(burst)  # waits for the program
+        self._collect(active, tokens, logprobs.view(np.float32), top)
+        if not self._slots.in_use():
+            self._answer()
 
     def _take_weights(self) -> None:
         with self._wake:
@@ -218,17 +207,14 @@ class PolicySampler:
                 return
             (self._params, self._version), self._new_params = self._new_params, None
         self._prefixes.clear()
-        for group in self._groups:
-            for request in group.requests:
-                if request is not None:
-                    request.node = None  # what it goes on to read is of mixed weights
+        for _, request in self._slots.taken():
+            request.node = None  # what it goes on to read is of mixed weights
 
     def _admit(self) -> None:
-        for group in self._groups:
-            for slot, request in enumerate(group.requests):
-                if request is not None and request.future.cancelled():
-                    self._release(group, slot)
-        free = [(group, slot) for group in self._groups for slot, r in enumerate(group.requests) if r is None]
+        for slot, request in list(self._slots.taken()):
+            if request.future.cancelled():
+                self._release(slot)
+        free = self._slots.free()
         with self._wake:
             while self._waiting and (free or self._waiting[0].future.cancelled()):
                 request = self._waiting.popleft()
@@ -236,104 +222,46 @@ class PolicySampler:
                     self._in_flight -= 1
                     self.counts.cancelled += 1
                     continue
-                group, slot = free.pop(0)
-                group.requests[slot] = request
+                self._slots.requests[free.pop(0)] = request
                 request.node = self._prefixes.root if self._prefixes.blocks else None
                 self.counts.requests += 1
                 self.counts.prompt_tokens += request.to_read
                 self.counts.queue_seconds += time.perf_counter() - request.arrived
 
-    def _take_known(self, group: Group, unread: Sequence[tuple[int, Request]]) -> None:
-        """Copies what the prefix cache knows of these prompts into their slots."""
-        copies = []
-        for slot, request in unread:
-            while request.node is not None and request.read < request.to_read:
-                piece = request.piece(self.settings.chunk)
-                found = self._prefixes.find(request.node, piece)
-                if found is None:
-                    break
-                copies.append((found.block, 0, slot, request.read))
-                request.node = found
-                request.read += len(piece)
-                self.counts.cached_tokens += len(piece)
-            if request.node is not None:
-                self._prefixes.touch(request.node)
-        for at in range(0, len(copies), LOADS):
-            some = np.array(copies[at : at + LOADS], np.int32)
-            padded = np.pad(some, ((0, LOADS - len(some)), (0, 0)))
-            group.cache = load(group.cache, self._pool, padded, np.int32(len(some)), width=self.settings.chunk)
-
-    def _read(self, group: Group, unread: Sequence[tuple[int, Request]]) -> None:
-        """Reads up to `prefill_rows` pieces, several of one prompt where there is room. What another prompt reads in the same run
-        is waited for: it will be known in the next turn."""
-        s, no_block = self.settings, max(self._prefixes.blocks, 1)
-        kept: list[list[int]] = []
-        others: list[list[int]] = []
-        for slot, request in unread:
-            while request.read < request.to_read and len(kept) + len(others) < s.prefill_rows:
-                piece, block = request.piece(s.chunk), no_block
-                if request.node is not None:
-                    if self._prefixes.find(request.node, piece) is not None:
-                        break
-                    request.node = self._prefixes.insert(request.node, piece)
-                    block = no_block if request.node is None else request.node.block
-                row = [slot, request.read, block, *piece.tolist(), *[0] * (s.chunk - len(piece))]
-                (others if block == no_block else kept).append(row)
-                request.read += len(piece)
-            if request.node is not None:
-                self._prefixes.touch(request.node)
-        if kept or others:
-            empty = [len(group.requests) + s.group, 0, no_block, *[0] * s.chunk]
-            rows = kept + others + [empty] * (s.prefill_rows - len(kept) - len(others))
-            group.cache, self._pool = prefill(self._params, group.cache, self._pool, np.array(rows, np.int32), config=self._config)
-
-    def _decode(self, group: Group) -> Burst:
-        s = self.settings
-        group.cache, burst = decode(
-            self._params,
-            group.cache,
-            group.integers.copy(),
-            group.floats.copy(),
-            config=self._config,
-            steps=s.steps,
-            end_token=self._tokenizer.eos_token_id,
-        )
-        return burst
-
-    def _collect(self, group: Group, burst: Burst) -> None:
-        token, logprob = np.asarray(burst.token), np.asarray(burst.logprob)
-        active, st = group.active(), group.state
+    def _collect(
+        self, active: Sequence[tuple[int, Request]], tokens: np.ndarray, logprobs: np.ndarray, top: tuple[jax.Array, jax.Array]
+    ) -> None:
         wanted = any(request.params.top_logprobs for _, request in active)
-        top_id, top_logprob = (np.asarray(burst.top_id), np.asarray(burst.top_logprob)) if wanted else (token, logprob)
-        counts = (token >= 0).sum(axis=0).tolist()
+        top_ids, top_logprobs = map(np.asarray, top) if wanted else (tokens, tokens)
+        counts = (tokens >= 0).sum(axis=1).tolist()
         for slot, request in active:
             count = counts[slot]
-            before = len(request.tokens)
-            request.take(
-                token[:count, slot], logprob[:count, slot], lambda i, slot=slot: (top_id[i, slot], top_logprob[i, slot]), self._text
-            )
-            self.counts.sampled_tokens += len(request.tokens) - before
-            last = int(token[count - 1, slot])
-            st.token[slot] = last
-            st.position[slot] += count
-            st.generated[slot] += count
+            new = request.take(tokens[slot, :count], logprobs[slot, :count], top_ids[slot], top_logprobs[slot], self._text)
+            self.counts.sampled_tokens += new
+            if request.on_tokens is not None:
+                self._answers.append(request.tell(new))
+            self._slots.advance(slot, tokens[slot, :count])
             reason: FinishReason | None = None
-            if request.stopped_text is not None or last == self._tokenizer.eos_token_id:
+            if request.stopped_text is not None or request.tokens[-1] == self._tokenizer.eos_token_id:
                 reason = "stop"
             elif len(request.tokens) >= request.params.max_tokens:
                 reason = "length"
             if reason is not None:
-                self._release(group, slot)
-                if request.future.set_running_or_notify_cancel():
-                    request.future.set_result(request.complete(reason, self._version, self._text))
+                self._release(slot)
+                self._answers.append(request.complete(reason, self._version, self._text))
+
+    def _answer(self) -> None:
+        answers, self._answers = self._answers, []
+        for answer in answers:
+            answer()
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _release(self, group: Group, slot: int) -> None:
-        request = group.requests[slot]
+    def _release(self, slot: int) -> None:
+        request = self._slots.requests[slot]
         assert request is not None
-        group.release(slot)
+        self._slots.release(slot)
         if request.future.cancelled():
             self.counts.cancelled += 1
         else:
