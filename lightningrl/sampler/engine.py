@@ -1,8 +1,8 @@
 """Continuous batching: a thread that keeps the slots full.
 
-Each turn of its loop admits waiting requests to free slots, prefills one chunk of up to `prefill_rows` prompts, and
-decodes a burst when no prompt is left to read or the active slots have waited long enough. Which requests share a batch
-never changes what a request gets (see `steps.py`), so arrival order is free to vary.
+Each turn of its loop admits waiting requests to free slots, the lowest first, so that as few groups as possible are decoded; one run
+of the compiled program then reads prompts and decodes a burst, while the answers of the turn before are handed out. Which requests
+share a turn never changes what a request gets (see `steps.py`), so arrival order is free to vary.
 """
 
 from __future__ import annotations
@@ -11,66 +11,72 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lightningrl.model.cache import init_cache
+from lightningrl.model.cache import cache_bytes, init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
-from lightningrl.sampler.steps import SlotState, decode, prefill
+from lightningrl.sampler.metrics import SamplerCounts, exposition
+from lightningrl.sampler.prefix_cache import PrefixCache
+from lightningrl.sampler.request import OnTokens, Request
+from lightningrl.sampler.slots import Slots, plan_reading
+from lightningrl.sampler.steps import Plan, TurnShape, turn
 from lightningrl.types import Completion, FinishReason, SamplingParams
 
-OnTokens = Callable[[np.ndarray, np.ndarray], None]
+SHORTEST = 64  # cache positions that decoding looks at, at least, where their number follows the load
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
     slots: int = 32  # conversations decoded at once
     context_length: int = 256  # prompt and response together, at most
-    prefill_rows: int = 8  # prompts read at once
-    chunk: int = 64  # prompt tokens read at once, per prompt
-    steps: int = 4  # tokens decoded per return to the host
-
-
-@dataclasses.dataclass
-class _Request:
-    prompt: np.ndarray
-    params: SamplingParams
-    key: tuple[int, int]
-    on_tokens: OnTokens | None
-    future: Future[Completion]
-    read: int = 0  # prompt tokens in the cache
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    top: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
-
-    @property
-    def to_read(self) -> int:
-        return len(self.prompt) - 1
+    group: int = 8  # slots decoded together; on a GPU, as many as there are slots
+    chunk: int = 16  # tokens of a piece of a prompt, and of a block of the prefix cache
+    prefill_rows: int = 4  # pieces read together
+    prefill_runs: int = 8  # times that in a turn, at most: who decodes waits no longer for who reads
+    steps: int = 8  # tokens decoded in a turn
+    prefix_cache_mb: int = 64  # 0: every prompt is read anew
+    deterministic: bool = True  # a request gets the same bits whatever else is running; if not, shapes follow the load
 
 
 class PolicySampler:
     """Implements `types.Sampler` over the policy's parameters. Use as a context manager, or call `start` and `stop`."""
 
     def __init__(self, params: Params, config: ModelConfig, tokenizer: Any, settings: SamplerSettings, policy_version: int = 0) -> None:
-        if settings.context_length % settings.chunk:
-            raise ValueError(f"context_length={settings.context_length} must be a multiple of chunk={settings.chunk}")
+        s = settings
+        if s.context_length % s.chunk:
+            raise ValueError(f"context_length={s.context_length} must be a multiple of chunk={s.chunk}")
         self.settings, self._config, self._tokenizer = settings, config, tokenizer
         self._params, self._version = params, policy_version
-        self._cache = init_cache(config, settings.slots, settings.context_length, params["embedding"].dtype)
-        self._slots: list[_Request | None] = [None] * settings.slots
-        self._state = _idle_state(settings.slots)  # host copy, NumPy
-        self._waiting: collections.deque[_Request] = collections.deque()
+        self._new_params: tuple[Params, int] | None = None
+        group = min(s.group, s.slots)
+        self._shape = TurnShape(
+            slots=-(-s.slots // group) * group,
+            group=group,
+            steps=min(s.steps, s.context_length),
+            chunk=s.chunk,
+            rows=s.prefill_rows,
+            pieces=s.prefill_rows * s.prefill_runs,
+            loads=4 * s.context_length // s.chunk,
+            length=s.context_length,
+        )
+        self._slots = Slots(self._shape.slots, s.slots)
+        self._prefixes = PrefixCache(s.prefix_cache_mb * 2**20 // cache_bytes(config, s.chunk), s.chunk)
+        dtype = params["embedding"].dtype
+        self._cache = init_cache(config, self._shape.slots, s.context_length, dtype)
+        self._pool = init_cache(config, self._prefixes.blocks + 1, s.chunk, dtype)  # the last is written where nothing is to be kept
+        self._waiting: collections.deque[Request] = collections.deque()
         self._in_flight = 0
         self._wake = threading.Condition()
         self._running = False
         self._thread: threading.Thread | None = None
-        self.busy_seconds = 0.0  # time inside compiled programs, for the time split of metrics
+        self._answers: list[Callable[[], None]] = []  # what is to be told to callers, while the next turn runs
+        self.counts = SamplerCounts()
 
     # ---- called from any thread
     @property
@@ -81,6 +87,26 @@ class PolicySampler:
     def queue_length(self) -> int:
         return self._in_flight
 
+    @property
+    def busy_seconds(self) -> float:
+        """Time that was not spent in waiting for work, for the time split of metrics."""
+        return self.counts.busy_seconds
+
+    def metrics_text(self) -> str:
+        """For `/metrics`."""
+        return exposition(
+            self.counts,
+            {
+                "slots": ("Slots there are.", self.settings.slots),
+                "slots_in_use": ("Slots that read or decode.", self._slots.in_use()),
+                "in_flight": ("Requests accepted and not yet finished.", self._in_flight),
+                "waiting": ("Requests that wait for a slot.", len(self._waiting)),
+                "cache_blocks": ("Blocks of the prefix cache.", self._prefixes.blocks),
+                "cache_blocks_in_use": ("Blocks that hold a prefix.", len(self._prefixes)),
+                "policy_version": ("Version of the weights.", self._version),
+            },
+        )
+
     def submit(
         self, prompt_ids: np.ndarray, params: SamplingParams, key: tuple[int, int], on_tokens: OnTokens | None = None
     ) -> Future[Completion]:
@@ -88,7 +114,7 @@ class PolicySampler:
         if len(prompt_ids) == 0 or room < 1:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens does not fit a context of {self.settings.context_length}")
         params = dataclasses.replace(params, max_tokens=max(1, min(params.max_tokens, room)))
-        request = _Request(np.asarray(prompt_ids, np.int32), params, key, on_tokens, Future())
+        request = Request(np.asarray(prompt_ids, np.int32), params, key, on_tokens)
         with self._wake:
             if not self._running:
                 raise RuntimeError("the sampler is not running")
@@ -98,9 +124,9 @@ class PolicySampler:
         return request.future
 
     def set_params(self, params: Params, policy_version: int) -> None:
-        """Takes new weights. Requests in flight keep their cache and go on under the new weights."""
+        """Takes new weights. Requests in flight keep their cache and go on under the new weights; no prefix outlives the old ones."""
         with self._wake:
-            self._params, self._version = params, policy_version
+            self._new_params = params, policy_version
 
     def start(self) -> PolicySampler:
         self._running = True
@@ -125,12 +151,9 @@ class PolicySampler:
     def _loop(self) -> None:
         try:
             while self._wait_for_work():
-                self._admit()
                 started = time.perf_counter()
-                self._prefill()
-                if not any(r is not None and r.read < r.to_read for r in self._slots):
-                    self._decode()
-                self.busy_seconds += time.perf_counter() - started
+                self._turn()
+                self.counts.busy_seconds += time.perf_counter() - started
             self._fail(RuntimeError("the sampler was stopped"))
         except Exception as error:  # a broken sampler must not leave its callers waiting
             with self._wake:
@@ -139,134 +162,110 @@ class PolicySampler:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while self._running and not self._waiting and all(r is None for r in self._slots):
+            while self._running and not self._waiting and not self._slots.in_use():
                 self._wake.wait()
             return self._running
 
     def _fail(self, error: Exception) -> None:
+        self._answer()
         with self._wake:
-            left = [r for r in self._slots if r is not None] + list(self._waiting)
+            left = [r for _, r in self._slots.taken()] + list(self._waiting)
             self._waiting.clear()
         for request in left:
             if not request.future.done():
                 request.future.set_exception(error)
 
-    def _admit(self) -> None:
-        for slot, request in enumerate(self._slots):
-            if request is not None and request.future.cancelled():
-                self._release(slot)
-        free = [i for i, r in enumerate(self._slots) if r is None]
+    def _turn(self) -> None:
+        self._take_weights()
+        self._admit()
+        if not self._slots.in_use():
+            return self._answer()
+        flat = np.zeros(Plan.size(self._shape), np.int32)
+        plan = Plan.of(flat, self._shape)
+        self.counts.cached_tokens += plan_reading(self._slots, self._prefixes, self._shape, plan, self._prefixes.blocks)
+        active = self._slots.activate()
+        groups = sorted({slot // self._shape.group for slot, _ in active})
+        plan.groups[: len(groups)], plan.counts[3] = groups, len(groups)
+        plan.integers[:], plan.floats[:] = self._slots.integers, self._slots.floats.view(np.int32)
+        self._cache, self._pool, burst, top = turn(
+            self._params,
+            self._cache,
+            self._pool,
+            flat,
+            config=self._config,
+            shape=self._shape,
+            end_token=self._tokenizer.eos_token_id,
+        )
+        self._answer()
+        tokens, logprobs = np.asarray(burst)  # waits for the program
+        self._collect(active, tokens, logprobs.view(np.float32), top)
+        if not self._slots.in_use():
+            self._answer()
+
+    def _take_weights(self) -> None:
         with self._wake:
-            while free and self._waiting:
+            if self._new_params is None:
+                return
+            (self._params, self._version), self._new_params = self._new_params, None
+        self._prefixes.clear()
+        for _, request in self._slots.taken():
+            request.node = None  # what it goes on to read is of mixed weights
+
+    def _admit(self) -> None:
+        for slot, request in list(self._slots.taken()):
+            if request.future.cancelled():
+                self._release(slot)
+        free = self._slots.free()
+        with self._wake:
+            while self._waiting and (free or self._waiting[0].future.cancelled()):
                 request = self._waiting.popleft()
                 if request.future.cancelled():
                     self._in_flight -= 1
+                    self.counts.cancelled += 1
                     continue
-                self._slots[free.pop(0)] = request
+                self._slots.requests[free.pop(0)] = request
+                request.node = self._prefixes.root if self._prefixes.blocks else None
+                self.counts.requests += 1
+                self.counts.prompt_tokens += request.to_read
+                self.counts.queue_seconds += time.perf_counter() - request.arrived
 
-    def _prefill(self) -> None:
-        s, rows = self.settings, self.settings.prefill_rows
-        pending = [i for i, r in enumerate(self._slots) if r is not None and r.read < r.to_read][:rows]
-        if pending:
-            slots = np.full(rows, s.slots, np.int32)
-            start = np.zeros(rows, np.int32)
-            tokens = np.zeros((rows, s.chunk), np.int32)
-            for row, slot in enumerate(pending):
-                request = self._slots[slot]
-                assert request is not None
-                piece = request.prompt[request.read : min(request.read + s.chunk, request.to_read)]
-                slots[row], start[row], tokens[row, : len(piece)] = slot, request.read, piece
-                request.read += len(piece)
-            self._cache = prefill(self._params, self._cache, slots, tokens, start, config=self._config)
-        for slot, request in enumerate(self._slots):
-            if request is not None and request.read == request.to_read and self._state.max_tokens[slot] == 0:
-                self._activate(slot, request)
+    def _collect(
+        self, active: Sequence[tuple[int, Request]], tokens: np.ndarray, logprobs: np.ndarray, top: tuple[jax.Array, jax.Array]
+    ) -> None:
+        wanted = any(request.params.top_logprobs for _, request in active)
+        top_ids, top_logprobs = map(np.asarray, top) if wanted else (tokens, tokens)
+        counts = (tokens >= 0).sum(axis=1).tolist()
+        for slot, request in active:
+            count = counts[slot]
+            new = request.take(tokens[slot, :count], logprobs[slot, :count], top_ids[slot], top_logprobs[slot], self._text)
+            self.counts.sampled_tokens += new
+            if request.on_tokens is not None:
+                self._answers.append(request.tell(new))
+            self._slots.advance(slot, tokens[slot, :count])
+            reason: FinishReason | None = None
+            if request.stopped_text is not None or request.tokens[-1] == self._tokenizer.eos_token_id:
+                reason = "stop"
+            elif len(request.tokens) >= request.params.max_tokens:
+                reason = "length"
+            if reason is not None:
+                self._release(slot)
+                self._answers.append(request.complete(reason, self._version, self._text))
 
-    def _activate(self, slot: int, request: _Request) -> None:
-        st, p = self._state, request.params
-        st.token[slot], st.position[slot], st.generated[slot] = request.prompt[-1], request.to_read, 0
-        st.max_tokens[slot], st.active[slot], st.key[slot] = p.max_tokens, True, request.key
-        st.temperature[slot], st.top_p[slot], st.top_k[slot] = p.temperature, p.top_p, p.top_k
-        st.alternatives[slot] = p.top_logprobs > 0
+    def _answer(self) -> None:
+        answers, self._answers = self._answers, []
+        for answer in answers:
+            answer()
 
-    def _decode(self) -> None:
-        if not self._state.active.any():
-            return
-        was_active = self._state.active.copy()
-        self._cache, state, burst = decode(
-            self._params,
-            self._cache,
-            jax.tree.map(jnp.asarray, self._state),
-            config=self._config,
-            steps=self.settings.steps,
-            end_token=self._tokenizer.eos_token_id,
-        )
-        state, burst = jax.device_get((state, burst))
-        self._state = jax.tree.map(np.array, state)
-        for slot in np.flatnonzero(was_active).tolist():
-            request = self._slots[slot]
-            assert request is not None
-            count = int((burst.token[:, slot] >= 0).sum())
-            self._collect(slot, request, burst, count)
-
-    def _collect(self, slot: int, request: _Request, burst: Any, count: int) -> None:
-        ids, logprobs = burst.token[:count, slot], burst.logprob[:count, slot]
-        reason: FinishReason | None = None
-        stopped_text = None
-        if request.params.stop:
-            for i in range(count):
-                text = self._text([*request.tokens, *ids[: i + 1].tolist()])
-                found = [at for stop in request.params.stop if (at := text.find(stop)) >= 0]
-                if found:
-                    count, stopped_text, reason = i + 1, text[: min(found)], "stop"
-                    ids, logprobs = ids[:count], logprobs[:count]
-                    break
-        request.tokens.extend(ids.tolist())
-        request.logprobs.extend(logprobs.tolist())
-        if request.params.top_logprobs:
-            n = request.params.top_logprobs
-            for i in range(count):
-                pairs = zip(burst.top_id[i, slot, :n].tolist(), burst.top_logprob[i, slot, :n].tolist(), strict=True)
-                request.top.append(tuple(pairs))
-        if request.on_tokens is not None and not request.future.cancelled():
-            request.on_tokens(ids, logprobs)
-        if reason is None and not self._state.active[slot]:
-            reason = "stop" if request.tokens[-1] == self._tokenizer.eos_token_id else "length"
-        if reason is None:
-            return
-        completion = Completion(
-            token_ids=np.array(request.tokens, np.int32),
-            logprobs=np.array(request.logprobs, np.float32),
-            finish_reason=reason,
-            policy_version=self._version,
-            text=self._text(request.tokens) if stopped_text is None else stopped_text,
-            top=tuple(request.top),
-        )
-        self._release(slot)
-        if request.future.set_running_or_notify_cancel():
-            request.future.set_result(completion)
-
-    def _text(self, tokens: list[int]) -> str:
+    def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _release(self, slot: int) -> None:
-        self._slots[slot] = None
-        self._state.active[slot] = False
-        self._state.max_tokens[slot] = 0
+        request = self._slots.requests[slot]
+        assert request is not None
+        self._slots.release(slot)
+        if request.future.cancelled():
+            self.counts.cancelled += 1
+        else:
+            self.counts.completed += 1
         with self._wake:
             self._in_flight -= 1
-
-
-def _idle_state(slots: int) -> Any:
-    return SlotState(
-        token=np.zeros(slots, np.int32),
-        position=np.zeros(slots, np.int32),
-        generated=np.zeros(slots, np.int32),
-        max_tokens=np.zeros(slots, np.int32),  # 0: the slot is not decoding
-        active=np.zeros(slots, bool),
-        key=np.zeros((slots, 2), np.uint32),
-        temperature=np.ones(slots, np.float32),
-        top_p=np.ones(slots, np.float32),
-        top_k=np.zeros(slots, np.int32),
-        alternatives=np.zeros(slots, bool),
-    )

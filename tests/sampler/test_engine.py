@@ -15,7 +15,7 @@ from lightningrl.train import score_edges
 from lightningrl.types import Completion, SamplingParams, Transition
 from tests.tiny import tiny_policy
 
-SETTINGS = SamplerSettings(slots=8, context_length=128, prefill_rows=4, chunk=16, steps=3)
+SETTINGS = SamplerSettings(slots=8, context_length=128, prefill_rows=2, chunk=16, steps=3)
 
 
 def sampler(settings: SamplerSettings = SETTINGS, seed: int = 0) -> PolicySampler:
