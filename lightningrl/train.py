@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -19,11 +20,11 @@ from jax.sharding import Mesh
 from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
-from lightningrl.model.params import Params
+from lightningrl.model.params import Params, shapes
 from lightningrl.packing.rows import Rows
 from lightningrl.recipe import Recipe
 from lightningrl.segments import safe_divide
-from lightningrl.sharding import batch_sharding, params_sharding, replicated
+from lightningrl.sharding import batch_sharding, edges_sharding, local, optimizer_sharding, params_sharding, place, replicated
 from lightningrl.table import Array, LossInputs, TokenTable, UnitCounts
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, weight) pairs, which add up over micro-batches
@@ -114,58 +115,70 @@ class TrainStep:
     """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
 
     `score` reads, `update` trains. Both compile once per row length. All that is drawn at random comes from `seed` and the step.
+    With several processes all of them call both, with equal rows and edges; scores and metrics are each process' own copies.
     """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int = 0) -> None:
         self.config, self.recipe, self.optimizer, self.mesh, self.seed = config, recipe, optimizer, mesh, seed
-        self._params_at = params_sharding(config, mesh)
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
-        self._score = jax.jit(
-            lambda params, rows, edges: score_edges(params, config, rows, edges),
-            in_shardings=(self._params_at, self._rows_at, self._whole),
-            out_shardings=self._whole,
-        )
+        params_at, abstract = params_sharding(config, mesh), shapes(config)
+        opt_state_at = optimizer_sharding(optimizer, abstract, params_at, self._whole)
+        self._state_at = TrainState(params=params_at, opt_state=opt_state_at, step=self._whole)
+        self._score = jax.jit(lambda params, rows, edges: score_edges(params, config, rows, edges), out_shardings=self._whole)
         self._denominators = jax.jit(self._denominators_of)
         self._select = jax.jit(self._selection_of)
         self._gradients_of = jax.grad(self._objective, has_aux=True)
         self._accumulate = jax.jit(
             lambda total, *batch: jax.tree.map(jnp.add, total, self._gradients_of(*batch)),
-            in_shardings=((self._params_at, self._whole), self._params_at, self._rows_at, self._whole, self._whole),
+            out_shardings=(params_at, self._whole),
             donate_argnums=0,
         )
         self._zeros: Any = None  # makes what accumulation starts from
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
+        self._apply = jax.jit(self._apply_gradients, out_shardings=(self._state_at, self._whole), donate_argnums=0)
 
     def init(self, params: Params) -> TrainState:
         """Fresh optimizer state around a copy of the parameters, sharded by the rules."""
-        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self._params_at)(params)
-        zero = jax.device_put(jnp.zeros((), jnp.int32), self._whole)
-        return TrainState(params=params, opt_state=jax.jit(self.optimizer.init)(params), step=zero)
+        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self._state_at.params)(self.placed(params))
+        opt_state = jax.jit(self.optimizer.init, out_shardings=self._state_at.opt_state)(params)
+        return TrainState(params=params, opt_state=opt_state, step=place(np.zeros((), np.int32), self._whole))
+
+    def placed(self, params: Params) -> Params:
+        """Parameters, sharded by the rules; not copied where they lie so already."""
+        return place(params, self._state_at.params)
 
     def score(self, params: Params, rows: Sequence[Rows], edges: TokenTable) -> Scores:
         """Scores of all edges, [micro-batches, E], without gradient."""
-        parts = [self._score(params, r, jax.tree.map(lambda x, i=i: x[i], edges)) for i, r in enumerate(rows)]
+        params = self.placed(params)
+        parts = [local(self._score(params, *self._micro_batch(i, r, edges))) for i, r in enumerate(rows)]
         return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
     def update(self, state: TrainState, rows: Sequence[Rows], edges: EdgeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step on a batch. `state` is donated. Metrics are means over the masked edges of the whole batch."""
         if not rows:
             raise ValueError("an update needs at least one micro-batch")
-        denominators = self._denominators(edges)
+        denominators = place(self._denominators(edges), self._whole)
         if self.recipe.select is not None:
-            edges = dataclasses.replace(edges, selected=self._select(state.step, self.score(state.params, rows, edges.tokens), edges))
+            scores = self.score(state.params, rows, edges.tokens)
+            edges = dataclasses.replace(edges, selected=self._select(local(state.step), scores, edges))
         total = None
         for i, r in enumerate(rows):
-            batch = (state.params, r, jax.tree.map(lambda x, i=i: x[i], edges), denominators)
+            batch = (state.params, *self._micro_batch(i, r, edges), denominators)
             total = self._accumulate(self._nothing(batch) if total is None else total, *batch)
         assert total is not None
-        return self._apply(state, *total)
+        state, metrics = self._apply(state, *total)
+        return state, local(metrics)
+
+    def _micro_batch(self, i: int, rows: Rows, edges: Any) -> tuple[Rows, Any]:
+        """The i-th micro-batch where its arrays belong."""
+        edges = jax.tree.map(lambda x: x[i], edges)
+        (count,) = jax.tree.leaves(edges)[0].shape
+        return place(rows, self._rows_at), place(edges, edges_sharding(self.mesh, count))
 
     def _nothing(self, batch: Any) -> tuple[Params, Metrics]:
         if self._zeros is None:
             shapes = jax.eval_shape(self._gradients_of, *batch)
             # Placed as later totals are: zeros that lie elsewhere would have the step traced and compiled once more.
-            at = (self._params_at, self._whole)
+            at = (self._state_at.params, self._whole)
             self._zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=at)
         return self._zeros()
 
