@@ -27,9 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lightningrl.errors import UserError
-from lightningrl.model.params import Params
 from lightningrl.runtime.rollout_bytes import decode, encode
-from lightningrl.sharding import gathered
 from lightningrl.types import Rollout
 
 AUTO = "auto"  # the coordinator of a cluster that JAX knows by itself
@@ -91,9 +89,7 @@ def _join(coordinator: str | None, processes: int, process: int) -> None:
     if coordinator != AUTO:
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     try:
-        jax.distributed.initialize(
-            **given, initialization_timeout=JOINING_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+        jax.distributed.initialize(**given, initialization_timeout=JOINING_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         jax.devices()  # the processes tell each other of their devices here
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -199,7 +195,9 @@ def check_shared(folder: pathlib.Path) -> None:
     if is_first():
         (folder / name).unlink()
     if not seen:
-        raise UserError(f"{folder} is not the same folder for every process: process {jax.process_index()} does not see what process 0 wrote")
+        raise UserError(
+            f"{folder} is not the same folder for every process: process {jax.process_index()} does not see what process 0 wrote"
+        )
 
 
 class SharedRunner:
@@ -216,17 +214,10 @@ class SharedRunner:
         return rollouts
 
 
-class SharedSampler:
-    """The sampler of process 0, as seen by all: they gather its weights together."""
+class SamplerElsewhere:
+    """Stands for the sampler of process 0 at the others."""
 
-    def __init__(self, sampler: Any | None, params_at: Any) -> None:
-        self._sampler, self._params_at = sampler, params_at  # both None elsewhere than at process 0
+    busy_seconds = 0.0
 
-    @property
-    def busy_seconds(self) -> float:
-        return 0.0 if self._sampler is None else self._sampler.busy_seconds
-
-    def set_params(self, params: Params, version: int) -> None:
-        weights = gathered(params, self._params_at)
-        if self._sampler is not None:
-            self._sampler.set_params(weights, version)
+    def set_params(self, params: Any, policy_version: int) -> None:
+        pass

@@ -8,27 +8,30 @@ reward, or `--reward` scores what it returns, or it posts the reward to the gate
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.config import FitConfig, cache_folder, same_run, setting
+from lightningrl.distributed import SamplerElsewhere, SharedRunner, check_same, check_shared, is_first, joined, wait_for_all
 from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.evidence.producer import arrays, first_aux
 from lightningrl.gateway import Gateway, GatewaySettings, SamplingOverrides
 from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree, train
 from lightningrl.manifest import manifest
-from lightningrl.metrics import MetricsLog, plot_rewards
+from lightningrl.metrics import MetricsLog, NoLog, plot_rewards, read_metrics
 from lightningrl.policy import Policy, save_policy
 from lightningrl.producers import Sources, check_sources, make_producers
 from lightningrl.progress import Progress
@@ -37,7 +40,7 @@ from lightningrl.runtime.agents import load_function, load_tasks
 from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
 from lightningrl.runtime.store import Store
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
-from lightningrl.sharding import make_mesh
+from lightningrl.sharding import HOST, ShardingRules, gathered, make_mesh, params_sharding, place, sampling_mesh
 from lightningrl.start import row_settings, starting_policy
 from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
 from lightningrl.types import Rollout, Task
@@ -78,6 +81,20 @@ def fit(
       UserError: a setting or a folder that cannot be used, or nothing to learn from.
     """
     check_tasks(tasks, heldout or {})
+    with joined(config.coordinator, config.processes, config.process):
+        return _fit(agent, tasks, reward, config, heldout or {}, demonstrations, alter, data_hash or tasks_hash(tasks))
+
+
+def _fit(
+    agent: Agent,
+    tasks: Sequence[Task],
+    reward: Reward | None,
+    config: FitConfig,
+    heldout: Mapping[str, Sequence[Task]],
+    demonstrations: Sequence[Demonstration],
+    alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]],
+    data_hash: str,
+) -> Fitted:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     out = Path(config.out)
@@ -85,16 +102,18 @@ def fit(
         recipe = get_recipe(config.recipe)
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
     check_sources(recipe, config)
-    intermediate = intermediate_rewards(config.intermediate)
-    sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
-    if config.context_length % sampler_settings.chunk or config.context_length < 1:
-        raise UserError(f"context_length={config.context_length} must be a multiple of {sampler_settings.chunk}")
-    data_hash = data_hash or tasks_hash(tasks)
-    if not same_manifest(out, config, data_hash):
+    intermediate_rewards(config.intermediate)  # refuses an unknown one before anything is written
+    if config.context_length % SamplerSettings.chunk or config.context_length < 1:
+        raise UserError(f"context_length={config.context_length} must be a multiple of {SamplerSettings.chunk}")
+    check_same("settings", json.dumps(same_run(config), sort_keys=True))
+    check_same("tasks", data_hash)
+    check_shared(out)
+    if not same_manifest(out, config, data_hash) and is_first():
         shutil.rmtree(out / "start", ignore_errors=True)  # of a run that ended before it began
     policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.critic_target is not None, mesh=mesh)
     # Only now, so that settings that were refused are not those of a run that has to be gone on with.
-    write_manifest(out, config, data_hash)
+    if is_first():
+        write_manifest(out, config, data_hash)
 
     optimizer = make_optimizer(
         OptimizerSettings(config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
@@ -103,29 +122,17 @@ def fit(
     producers = make_producers(Sources(recipe, config, policy, step, row_settings(config), TABLE_MULTIPLE))
     state, aux = step.init(policy.params), first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
-    log = MetricsLog(out)
+    log = MetricsLog(out) if is_first() else NoLog()
     done = -1
     if (latest := checkpoints.latest()) is not None:
         tree, host = checkpoints.restore(latest, checkpoint_tree(state, arrays(producers, aux)))
         aux = host["evidence"] | tree.pop("evidence", {})
         state, done = TrainState(**tree), int(host["iteration"])
-    log.truncate_after(done)
+    if isinstance(log, MetricsLog):
+        log.truncate_after(done)
 
-    sampler = PolicySampler(policy.params, policy.config, policy.tokenizer, sampler_settings)
-    store = Store(out / "rollouts.sqlite")
-    gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
-    with Progress(config.iterations, done) as progress, sampler:
-        gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
-        gateway.start()
-        try:
-            runner = Runner(
-                gateway,
-                agent,
-                reward,
-                RunnerSettings(config.concurrency, config.time_limit, config.max_attempts),
-                intermediate=intermediate,
-                store=store,
-            )
+    try:
+        with Progress(config.iterations, done) as progress, serving(config, policy, mesh, agent, reward, out) as (runner, sampler, at):
             run = Run(
                 settings=LoopSettings(
                     seed=config.seed,
@@ -139,11 +146,12 @@ def fit(
                 ),
                 runner=runner,
                 sampler=sampler,
+                sampling_at=at,
                 step=step,
                 rows=row_settings(config),
                 tasks=tasks,
-                heldout=heldout or {},
-                reference=policy.params if recipe.kl is not None else None,
+                heldout=heldout,
+                reference=step.placed(policy.params) if recipe.kl is not None else None,
                 producers=producers,
                 alter=alter,
                 log=log,
@@ -152,16 +160,39 @@ def fit(
                 on_iteration=progress.on_iteration,
             )
             state = train(run, state, aux, done)
+    finally:
+        checkpoints.close()
+        log.close()
+    weights = gathered(state.params, HOST if is_first() else None)
+    if is_first():
+        save_policy(out / "policy", dataclasses.replace(policy, params=weights))
+        plot_rewards(read_metrics(out), out / "reward.png")
+    wait_for_all("the run is over")
+    return Fitted(dataclasses.replace(policy, params=state.params), tuple(read_metrics(out)), out)
+
+
+@contextlib.contextmanager
+def serving(
+    config: FitConfig, policy: Policy, mesh: Mesh, agent: Agent, reward: Reward | None, out: Path
+) -> Iterator[tuple[Runner | SharedRunner, PolicySampler | SamplerElsewhere, Any]]:
+    """The sampler, the gateway and what runs the agents, for the block, and how the sampler's weights lie; process 0 has them."""
+    if not is_first():
+        yield SharedRunner(None), SamplerElsewhere(), None
+        return
+    here = sampling_mesh(mesh)
+    weights_at = params_sharding(policy.config, here, ShardingRules(embed=None))  # each decoding step reads every weight
+    settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
+    gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
+    sampler = PolicySampler(place(policy.params, weights_at), policy.config, policy.tokenizer, settings, mesh=here)
+    with contextlib.closing(Store(out / "rollouts.sqlite")) as store, sampler:
+        gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
+        gateway.start()
+        try:
+            limits = RunnerSettings(config.concurrency, config.time_limit, config.max_attempts)
+            runner = Runner(gateway, agent, reward, limits, intermediate=intermediate_rewards(config.intermediate), store=store)
+            yield runner if jax.process_count() == 1 else SharedRunner(runner), sampler, weights_at
         finally:
             gateway.stop()
-            store.close()
-            checkpoints.close()
-            log.close()
-    trained = dataclasses.replace(policy, params=state.params)
-    save_policy(out / "policy", trained)
-    metrics = tuple(log.read())
-    plot_rewards(metrics, out / "reward.png")
-    return Fitted(trained, metrics, out)
 
 
 def check_tasks(tasks: Sequence[Task], heldout: Mapping[str, Sequence[Task]]) -> None:

@@ -17,18 +17,19 @@ import numpy as np
 from lightningrl.batches import edge_batch, pack_updates, score
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_time
+from lightningrl.distributed import SamplerElsewhere, SharedRunner
 from lightningrl.errors import UserError
 from lightningrl.evidence.branches import branch_requests, describe_branches, random_calls
 from lightningrl.evidence.critic import turn_values
 from lightningrl.evidence.producer import Producer, arrays, numbers, produce_evidence
 from lightningrl.gateway import SamplingOverrides
-from lightningrl.metrics import MetricsLog
+from lightningrl.metrics import MetricsLog, NoLog
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import RowSettings
 from lightningrl.recipe import Recipe
 from lightningrl.runtime.runner import Runner
 from lightningrl.sampler.engine import PolicySampler
-from lightningrl.sharding import batch_multiple
+from lightningrl.sharding import batch_multiple, gathered
 from lightningrl.table import Array, Evidence, TransitionTable
 from lightningrl.tabulate import table_size, trained_rollouts
 from lightningrl.tabulate_tree import own_calls, table_from_branched_rollouts
@@ -55,8 +56,9 @@ class Run:
     """Everything the loop calls, put together by `fit`."""
 
     settings: LoopSettings
-    runner: Runner
-    sampler: PolicySampler
+    runner: Runner | SharedRunner
+    sampler: PolicySampler | SamplerElsewhere
+    sampling_at: Any  # the shardings of the sampler's weights; None: they are sampled from elsewhere
     step: TrainStep
     rows: RowSettings
     tasks: Sequence[Task]
@@ -64,7 +66,7 @@ class Run:
     reference: Params | None  # for the KL term of a recipe that has one
     producers: Sequence[Producer]  # of the evidence that the recipe needs
     alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]]  # between collecting and learning; identity but in controls
-    log: MetricsLog
+    log: MetricsLog | NoLog
     checkpoints: Checkpoints
     on_rollout: Callable[[str, int, Rollout], None]
     on_iteration: Callable[[Mapping[str, Any]], None]
@@ -98,7 +100,7 @@ def train(run: Run, state: TrainState, aux: dict[str, Any], done: int) -> TrainS
 
 def sync(run: Run, state: TrainState, version: int) -> None:
     """Hands the sampler a copy of the weights: the next update consumes those of the state."""
-    run.sampler.set_params(jax.tree.map(jnp.copy, state.params), version)
+    run.sampler.set_params(gathered(state.params, run.sampling_at), version)
 
 
 def collect(run: Run, iteration: int, clock: Clock) -> list[Rollout]:

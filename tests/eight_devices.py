@@ -16,7 +16,6 @@ from lightningrl.model.cache import init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import init_params, shapes
 from lightningrl.packing.rows import Rows
-from lightningrl.recipes import get_recipe
 from lightningrl.sampler.steps import SlotState, decode, prefill
 from lightningrl.sharding import (
     HOST,
@@ -36,7 +35,7 @@ from tests import test_train as one
 from tests.tiny import tiny_policy
 
 SHAPE = ModelConfig(
-    vocab_size=256, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=128, max_positions=64
+    vocab_size=256, hidden_size=64, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=128, max_positions=64
 )
 ADAM = make_optimizer(OptimizerSettings())
 FOUR = ((1, 4, 1), (1, 2, 2), (1, 1, 4))  # fsdp × tensor = 4
@@ -47,20 +46,17 @@ def eight_devices() -> None:
     assert jax.device_count() == 8
 
 
-@functools.cache
-def updated(shape: tuple[int, int, int], name: str = "lightningrl") -> tuple[TrainState, dict[str, Any]]:
+def updated(shape: tuple[int, int, int]) -> tuple[TrainState, dict[str, Any]]:
     """After a step of plain descent at rate 1: what the parameters lost is their gradient."""
-    value_head = name == "ppo"
-    policy = tiny_policy(value_head=value_head)
-    step = TrainStep(policy.config, get_recipe(name), one.DESCENT, make_mesh(*shape))
+    policy = tiny_policy(value_head=True)
+    step = TrainStep(policy.config, one.PPO, one.DESCENT, make_mesh(*shape))
     return one.updated(step, policy.params, one.ONE_ROW_LENGTH, multiple=batch_multiple(step.mesh))
 
 
-@pytest.mark.parametrize("name", ["lightningrl", "ppo"])
-def test_the_step_on_eight_devices_is_that_on_one(name: str) -> None:
-    """Loss and gradients, but for the rounding of sums in another order."""
-    (state, metrics), (expected, numbers) = updated((2, 2, 2), name), updated((1, 1, 1), name)
-    before = tiny_policy(value_head=name == "ppo").params
+def test_the_step_on_eight_devices_is_that_on_one() -> None:
+    """Loss and gradients, policy's and critic's, but for the rounding of sums in another order."""
+    (state, metrics), (expected, numbers) = updated((2, 2, 2)), updated((1, 1, 1))
+    before = tiny_policy(value_head=True).params
     gradient = jax.tree.map(lambda b, a: np.asarray(b) - np.asarray(a), before, gathered(state.params, HOST))
     jax.tree.map(one.close, gradient, jax.tree.map(lambda b, a: np.asarray(b) - np.asarray(a), before, expected.params))
     assert max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-3  # far more than what `close` lets pass
@@ -75,7 +71,7 @@ def bytes_of(tree: Any) -> int:
 
 @functools.cache
 def step_of(shape: tuple[int, int, int]) -> TrainStep:
-    return TrainStep(SHAPE, get_recipe("lightningrl"), ADAM, make_mesh(*shape))
+    return TrainStep(SHAPE, one.LIGHTNINGRL, ADAM, make_mesh(*shape))
 
 
 @functools.cache
@@ -97,10 +93,9 @@ def test_parameters_and_optimizer_are_a_quarter_each(shape: tuple[int, int, int]
     assert part["state"] <= 0.3 * whole["state"]
 
 
-@pytest.mark.parametrize("shape", FOUR)
-def test_the_state_stays_sharded_over_updates(shape: tuple[int, int, int]) -> None:
+def test_the_state_stays_sharded_over_updates() -> None:
     """Moments lie as their parameters do, before and after, and nothing is whole that the rules split."""
-    step = TrainStep(tiny_policy().config, get_recipe("lightningrl"), ADAM, make_mesh(*shape))
+    step = TrainStep(tiny_policy().config, one.LIGHTNINGRL, ADAM, make_mesh(1, 2, 2))
     packed, table = one.packed_in(one.ONE_ROW_LENGTH, multiple=batch_multiple(step.mesh))
     state = step.init(tiny_policy().params)
     before = jax.tree.map(lambda x: x.sharding, state)

@@ -36,7 +36,7 @@ def encode(rollouts: Sequence[Rollout]) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"a rollout cannot be told to the other processes as JSON ({error})") from None
     file = io.BytesIO()
-    np.savez(file, about=np.frombuffer(about.encode("utf-8", "surrogatepass"), np.uint8), **arrays)
+    np.savez(file, **{**arrays, "about": np.frombuffer(about.encode("utf-8", "surrogatepass"), np.uint8)})  # type: ignore[arg-type]
     return file.getvalue()
 
 
