@@ -84,11 +84,19 @@ def params_sharding(config: ModelConfig, mesh: Mesh, rules: ShardingRules = Shar
 def optimizer_sharding(optimizer: optax.GradientTransformation, params: Params, params_at: Params, whole: NamedSharding) -> Any:
     """A NamedSharding for every array of an optimizer's state: what is kept per parameter lies as the parameter does.
 
+    Such an array is one whose path in the state ends with the path of a parameter of its shape.
+
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s; params_at: their shardings. whole: of everything else, such as counts.
     """
-    state = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(optimizer, lambda _, at: at, state, params_at, transform_non_params=lambda _: whole)
+    leaves, places = jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(params_at)
+    known = {(path, leaf.shape): at for (path, leaf), at in zip(leaves, places, strict=True)}
+
+    def at(path: tuple[Any, ...], info: jax.ShapeDtypeStruct) -> NamedSharding:
+        ends = (path[start:] for start in range(len(path) + 1))
+        return next((known[end, info.shape] for end in ends if (end, info.shape) in known), whole)
+
+    return jax.tree_util.tree_map_with_path(at, jax.eval_shape(optimizer.init, params))
 
 
 def cache_sharding(config: ModelConfig, mesh: Mesh, slots: int, rules: ShardingRules = ShardingRules()) -> KVCache:
