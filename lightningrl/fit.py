@@ -272,6 +272,8 @@ def main() -> None:
         tasks, heldout = [t for i, t in enumerate(tasks) if i % 10], tasks[::10]
     started = time.time()
     fitted = fit(agent, tasks, reward, config, heldout={"heldout": heldout})
+    if not is_first():
+        return
     first, last = fitted.metrics[0], fitted.metrics[-1]
     print(
         f"held-out reward {first['heldout_reward']:.3f} -> {last['heldout_reward']:.3f} on {len(heldout)} tasks, "

@@ -31,6 +31,7 @@ from lightningrl.sharding import (
     replicated,
 )
 from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.warm_start import _edges_of
 from tests import test_train as one
 from tests.tiny import tiny_policy
 
@@ -126,15 +127,14 @@ def test_any_optimizers_state_is_sharded(optimizer: optax.GradientTransformation
 
 def test_the_batch_is_split_and_with_it_the_work() -> None:
     """FLOPs of the compiled gradient on one of eight devices: an eighth, and what cannot be split, a sixteenth at most."""
-    flops = {}
+    flops, (packed, _) = {}, one.packed_in(one.ONE_ROW_LENGTH)
+    edges = _edges_of(packed)
     for shape in ((1, 1, 1), (8, 1, 1)):
         step = step_of(shape)
-        rows = Rows(*(np.zeros((8, 64), np.int32) for _ in range(3)))
-        packed, table = one.packed_in(one.ONE_ROW_LENGTH)
-        edges = jax.tree.map(lambda x: np.asarray(x[0]), one.edges_of(packed, table, one.step_of(one.LIGHTNINGRL), tiny_policy().params))
         params = place(init_params(SHAPE, jax.random.key(0)), params_sharding(SHAPE, step.mesh))
-        batch = (place(rows, step._rows_at), place(edges, edges_sharding(step.mesh, 256)), step._denominators(edges))
-        (cost,) = (jax.jit(step._gradients_of).lower(params, *batch).compile().cost_analysis(),)
+        rows = Rows(*(np.zeros((8, 64), np.int32) for _ in range(3)))
+        batch = (*step._micro_batch(0, rows, edges), {"policy": np.float32(1), "value": np.float32(1)})
+        cost = jax.jit(step._gradients_of).lower(params, *batch).compile().cost_analysis()
         flops[shape] = cost["flops"]
     assert flops[8, 1, 1] <= flops[1, 1, 1] * (1 / 8 + 1 / 16)
 

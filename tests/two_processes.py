@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,15 @@ SHAPE = ModelConfig(
     qk_norm=True,
 )
 ROWS = RowSettings(lengths=(192,), tokens=1536, edges=256)
+
+
+async def agent(task: dict[str, Any], base_url: str, api_key: str) -> float:
+    """One call, paid by the ASCII character."""
+    async with httpx.AsyncClient(base_url=base_url, headers={"Authorization": f"Bearer {api_key}"}, timeout=60) as client:
+        body = {"model": "policy:speaker", "messages": [{"role": "user", "content": task["say"]}]}
+        reply = await client.post("/chat/completions", json=body)
+        reply.raise_for_status()
+        return float(sum(character.isascii() for character in reply.json()["choices"][0]["message"]["content"]))
 
 
 def keep_gradients() -> optax.GradientTransformation:
