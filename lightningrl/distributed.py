@@ -16,8 +16,10 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -88,12 +90,31 @@ def _join(coordinator: str | None, processes: int, process: int) -> None:
     given: dict[str, Any] = {}
     if coordinator != AUTO:
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        if process > 0:
+            _wait_for(str(coordinator), process)
     try:
         jax.distributed.initialize(**given, initialization_timeout=JOINING_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         jax.devices()  # the processes tell each other of their devices here
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"process {process} of {processes} could not join the others at {coordinator}: {first}") from error
+
+
+def _wait_for(coordinator: str, process: int) -> None:
+    """Returns when process 0 listens. JAX would end the process, with a long log, where none does."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + JOINING_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {process} found no process 0 at {coordinator} within {JOINING_SECONDS} s ({error}): "
+                    "start it with --process=0, and give all the same --coordinator"
+                ) from error
+        time.sleep(LOOKING_SECONDS)
 
 
 class _Watch:
