@@ -18,11 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lightningrl.model.cache import init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
 from lightningrl.sampler.steps import SlotState, decode, prefill
+from lightningrl.sharding import cache_sharding
 from lightningrl.types import Completion, FinishReason, SamplingParams
 
 OnTokens = Callable[[np.ndarray, np.ndarray], None]
@@ -57,12 +59,22 @@ class _Request:
 class PolicySampler:
     """Implements `types.Sampler` over the policy's parameters. Use as a context manager, or call `start` and `stop`."""
 
-    def __init__(self, params: Params, config: ModelConfig, tokenizer: Any, settings: SamplerSettings, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer: Any,
+        settings: SamplerSettings,
+        policy_version: int = 0,
+        mesh: Mesh | None = None,  # what the cache is split over; None: one device
+    ) -> None:
         if settings.context_length % settings.chunk:
             raise ValueError(f"context_length={settings.context_length} must be a multiple of chunk={settings.chunk}")
         self.settings, self._config, self._tokenizer = settings, config, tokenizer
         self._params, self._version = params, policy_version
-        self._cache = init_cache(config, settings.slots, settings.context_length, params["embedding"].dtype)
+        dtype = params["embedding"].dtype
+        cache_at = None if mesh is None else cache_sharding(config, mesh, settings.slots)
+        self._cache = jax.jit(lambda: init_cache(config, settings.slots, settings.context_length, dtype), out_shardings=cache_at)()
         self._slots: list[_Request | None] = [None] * settings.slots
         self._state = _idle_state(settings.slots)  # host copy, NumPy
         self._waiting: collections.deque[_Request] = collections.deque()
