@@ -24,6 +24,7 @@ import numpy as np
 from experiments.agents import sql_langgraph
 from lightningrl import flags
 from lightningrl.config import FitConfig, setting
+from lightningrl.distributed import from_first, is_first, joined
 from lightningrl.errors import UserError
 from lightningrl.fit import Fitted, fit
 from lightningrl.runtime.store import Store
@@ -109,6 +110,19 @@ def load_data(config: Config, folder: Path) -> Data:
         return Data(train, heldout, ())
     unseen = build_databases(folder / "databases", config.seed, config.unseen_databases, unseen=True)
     return Data(train, heldout, questions_about(unseen, config.seed, config.unseen_questions))
+
+
+def same_data(config: Config, folder: Path) -> Data:
+    """The questions that process 0 loads, at every process: one builds the databases."""
+
+    def load() -> Any:
+        data = load_data(config, folder)
+        return {use: [dataclasses.asdict(q) for q in getattr(data, use)] for use in ("train", "heldout", "unseen")}
+
+    def question(fields: dict[str, Any]) -> Question:
+        return Question(**{**fields, "wrong": tuple((kind, sql) for kind, sql in fields["wrong"])})
+
+    return Data(**{use: [question(fields) for fields in questions] for use, questions in from_first(load).items()})
 
 
 def questions_about(databases: Sequence[Path], seed: int, count: int) -> list[Question]:
@@ -251,12 +265,23 @@ def main() -> None:
     started = config.started or started
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
+    with joined(config.coordinator, config.processes, config.process):
+        train(config, started)
+
+
+def train(config: Config, started: float) -> None:
+    """Trains the agent, and says on process 0 what has come of it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    data = load_data(config, out)
-    print(f"{len(data.train)} questions to train on, {len(data.heldout)} held out, {len(data.unseen)} about unseen databases")
+    data = same_data(config, out)
+    if is_first():
+        print(f"{len(data.train)} questions to train on, {len(data.heldout)} held out, {len(data.unseen)} about unseen databases")
     demonstrations = demonstrations_for(data.train, config)
     fitted = run(config, data, demonstrations)
+    if not is_first():
+        if config.controls:
+            run_controls(config, data, demonstrations, fitted)
+        return
     print_transcripts(out, 0, "Held-out questions before reinforcement learning:")
     print_transcripts(out, fitted.metrics[-1]["iteration"], "The same after:")
     seconds = time.time() - started

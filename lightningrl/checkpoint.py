@@ -31,6 +31,7 @@ CONFIG = "config.json"
 class Checkpoints:
     """The checkpoints of one run, the last `keep` of them.
 
+    With several processes all call every method, and each writes and reads its shards of global arrays in one shared folder.
     A checkpoint is a pytree of arrays (`state`) and a JSON object (`host`: data cursor, counters …). Arrays round-trip
     bit for bit whatever their dtype; random keys are stored as their raw uint32 words (`jax.random.key_data`). `config`
     is any JSON object; checkpoints written under another one are refused.
@@ -51,6 +52,7 @@ class Checkpoints:
             ValueError: `step` is not after the last checkpoint's.
             TypeError: a leaf of `state` is no array, or a typed key array.
         """
+        state = jax.tree.map(_written_as, state)
         about = {"host": _as_json(host), "config": self._config, "layout": _layout(state)}
         with _uninterrupted():
             saved = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
@@ -172,7 +174,14 @@ def _layout(tree: Any) -> dict[str, str]:
     return {name: _describe(name, leaf) for name, leaf in _named_leaves(tree)}
 
 
+def _written_as(leaf: Any) -> Any:
+    """With several processes, an array that each of them holds whole for itself is written once, by the first."""
+    alone = jax.process_count() > 1 and isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+    return np.asarray(leaf) if alone else leaf
+
+
 def _restored_as(leaf: Any) -> Any:
+    leaf = _written_as(leaf)
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -83,9 +83,14 @@ class FitConfig:
     reading_steps: int = setting(220, "updates in which a new policy learns to read the demonstrations, prompts included")
     imitation_steps: int = setting(180, "updates on the demonstrations' responses after that")
     imitation_learning_rate: float = setting(4e-3, "AdamW's learning rate in the warm start")
-    data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters")
-    fsdp: int = setting(1, "devices that a batch and the parameters are split over")
-    tensor_parallel: int = setting(1, "devices that every layer is split over")
+    data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters", free=True)
+    fsdp: int = setting(1, "devices that a batch and the parameters are split over", free=True)
+    tensor_parallel: int = setting(1, "devices that every layer is split over", free=True)
+    coordinator: str | None = setting(
+        None, "HOST:PORT of process 0, in a run of several processes; auto: as Slurm, Open MPI, Kubernetes or a TPU pod say", free=True
+    )
+    processes: int = setting(1, "processes of the run, each started with the same flags but --process", free=True)
+    process: int = setting(0, "which of them this one is; 0 has the agents", free=True)
     cache: str = setting(
         os.path.join("~", ".cache", "lightningrl"), "folder of warm starts and compiled programs, by content hash", free=True
     )

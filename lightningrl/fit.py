@@ -24,24 +24,26 @@ import jax.numpy as jnp
 from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.config import FitConfig, cache_folder, same_run, setting
+from lightningrl.distributed import check_same, check_shared, is_first, joined, wait_for_all
 from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.evidence.producer import arrays, first_aux
-from lightningrl.gateway import Gateway, GatewaySettings, SamplingOverrides
+from lightningrl.gateway import SamplingOverrides
 from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree, train
 from lightningrl.manifest import manifest
-from lightningrl.metrics import MetricsLog, plot_rewards
+from lightningrl.metrics import MetricsLog, NoLog, plot_rewards, read_metrics
 from lightningrl.model.lora import LoraSettings
 from lightningrl.policies import check_roles, from_tree, merged, save_policies, start_policies
 from lightningrl.policy import Policy
 from lightningrl.producers import Sources, check_sources, make_producers
 from lightningrl.progress import Progress
+from lightningrl.recipe import Recipe
 from lightningrl.runtime.agents import load_function, load_tasks
+from lightningrl.runtime.intermediate import intermediate_rewards
 from lightningrl.runtime.on_ray import import_ray
-from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
-from lightningrl.runtime.store import Store
+from lightningrl.runtime.runner import Agent, Reward
 from lightningrl.sampler.engine import SamplerSettings
 from lightningrl.sampler.remote import reload_requests
-from lightningrl.serving import corrected_recipe, make_sampler, place_of_agents
+from lightningrl.serving import corrected_recipe, make_sampler, serving
 from lightningrl.sharding import make_mesh
 from lightningrl.start import row_settings, starting_policy
 from lightningrl.train import OptimizerSettings, TrainStep, make_optimizer
@@ -84,6 +86,20 @@ def fit(
       UserError: a setting or a folder that cannot be used, or nothing to learn from.
     """
     check_tasks(tasks, heldout or {})
+    with joined(config.coordinator, config.processes, config.process):
+        return _fit(agent, tasks, reward, config, heldout or {}, demonstrations, alter, data_hash or tasks_hash(tasks))
+
+
+def _fit(
+    agent: Agent,
+    tasks: Sequence[Task],
+    reward: Reward | None,
+    config: FitConfig,
+    heldout: Mapping[str, Sequence[Task]],
+    demonstrations: Sequence[Demonstration],
+    alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]],
+    data_hash: str,
+) -> Fitted:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     out = Path(config.out)
@@ -91,23 +107,13 @@ def fit(
         recipe = corrected_recipe(config)
         lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
-    check_sources(recipe, config)
+    check_config(config, recipe)
     roles = config.train_roles if config.lora_per_role else ()
-    if config.lora_per_role:
-        check_roles(roles, recipe)
-        if config.engine is not None:
-            raise UserError("an engine samples from one policy, but --lora_per_role trains one for each role: leave one of the two out")
-    if config.reference == "ema" and recipe.kl is None:
-        raise UserError(f"recipe {recipe.name} has no KL term, so nothing would read the reference of --reference=ema: leave it off")
-    intermediate = intermediate_rewards(config.intermediate)
-    sampler_settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
-    if config.context_length % sampler_settings.chunk or config.context_length < 1:
-        raise UserError(f"context_length={config.context_length} must be a multiple of {sampler_settings.chunk}")
-    if config.runner == "ray":
-        import_ray()
-    reload_requests(config.engine_reload)
-    data_hash = data_hash or tasks_hash(tasks)
-    if not same_manifest(out, config, data_hash):
+    # An engine is another recipe, and a mesh of another shape another program.
+    check_same("settings", json.dumps([same_run(config), config.engine is not None, mesh.devices.shape], sort_keys=True))
+    check_same("tasks", data_hash)
+    check_shared(out)
+    if not same_manifest(out, config, data_hash) and is_first():
         shutil.rmtree(out / "start", ignore_errors=True)  # of a run that ended before it began
     policy = starting_policy(config, out, demonstrations, tasks, critic=recipe.critic_target is not None, mesh=mesh)
     optimizer = make_optimizer(
@@ -123,36 +129,28 @@ def fit(
         compute_dtype=jnp.dtype(config.compute_dtype),
         ema_decay=config.ema_decay if config.reference == "ema" else None,
     )
-    policies = start_policies(step, policy.params, roles, config.seed)
-    sampler = make_sampler(step, policies, policy, config, sampler_settings)
+    anchored = recipe.kl is not None and config.reference == "start"
+    start = step.placed(policy.params) if anchored else policy.params
+    policies = start_policies(step, start, roles, config.seed)
+    sampler, sampling_at = make_sampler(step, roles, policy, config, SamplerSettings(config.slots, config.context_length))
     # Only now, so that settings that were refused are not those of a run that has to be gone on with.
-    write_manifest(out, config, data_hash)
+    if is_first():
+        write_manifest(out, config, data_hash)
     producers = make_producers(Sources(recipe, config, policy, step, row_settings(config), TABLE_MULTIPLE))
     aux = first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
-    log = MetricsLog(out)
+    log = MetricsLog(out) if is_first() else NoLog()
     done = -1
     if (latest := checkpoints.latest()) is not None:
         tree, host = checkpoints.restore(latest, checkpoint_tree(policies, arrays(producers, aux)))
         aux = host["evidence"] | tree.pop("evidence", {})
         policies, done = from_tree(policies, tree), int(host["iteration"])
-    log.truncate_after(done)
+    if isinstance(log, MetricsLog):
+        log.truncate_after(done)
 
-    store = Store(out / "rollouts.sqlite")
-    gateway_settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
-    with Progress(config.iterations, done) as progress, sampler, place_of_agents(agent, config) as call_agent:
-        gateway = Gateway(sampler, policy.tokenizer, gateway_settings)
-        gateway.start()
-        try:
-            runner = Runner(
-                gateway,
-                agent,
-                reward,
-                RunnerSettings(config.concurrency, config.time_limit, config.max_attempts),
-                intermediate=intermediate,
-                store=store,
-                call_agent=call_agent,
-            )
+    try:
+        rollouts = out / "rollouts.sqlite"
+        with Progress(config.iterations, done) as progress, serving(sampler, policy, agent, reward, config, rollouts) as runner:
             run = Run(
                 settings=LoopSettings(
                     seed=config.seed,
@@ -166,11 +164,12 @@ def fit(
                 ),
                 runner=runner,
                 sampler=sampler,
+                sampling_at=sampling_at,
                 step=step,
                 rows=row_settings(config),
                 tasks=tasks,
-                heldout=heldout or {},
-                reference=policy.params if recipe.kl is not None and config.reference == "start" else None,
+                heldout=heldout,
+                reference=start if anchored else None,
                 producers=producers,
                 alter=alter,
                 log=log,
@@ -179,15 +178,32 @@ def fit(
                 on_iteration=progress.on_iteration,
             )
             policies = train(run, policies, aux, done)
-        finally:
-            gateway.stop()
-            store.close()
-            checkpoints.close()
-            log.close()
+    finally:
+        checkpoints.close()
+        log.close()
     trained = save_policies(out / "policy", policy, step, policies)
-    metrics = tuple(log.read())
-    plot_rewards(metrics, out / "reward.png")
-    return Fitted(trained, metrics, out, {role: dataclasses.replace(policy, params=merged(step, policies[role])) for role in roles})
+    if is_first():
+        plot_rewards(read_metrics(out), out / "reward.png")
+    wait_for_all("the run is over")
+    by_role = {role: dataclasses.replace(policy, params=merged(step, policies[role])) for role in roles}
+    return Fitted(trained, tuple(read_metrics(out)), out, by_role)
+
+
+def check_config(config: FitConfig, recipe: Recipe) -> None:
+    """Refuses settings that don't fit together, before anything is written."""
+    check_sources(recipe, config)
+    if config.lora_per_role:
+        check_roles(config.train_roles, recipe)
+        if config.engine is not None:
+            raise UserError("an engine samples from one policy, but --lora_per_role trains one for each role: leave one of the two out")
+    if config.reference == "ema" and recipe.kl is None:
+        raise UserError(f"recipe {recipe.name} has no KL term, so nothing would read the reference of --reference=ema: leave it off")
+    intermediate_rewards(config.intermediate)
+    reload_requests(config.engine_reload)
+    if config.context_length % SamplerSettings.chunk or config.context_length < 1:
+        raise UserError(f"context_length={config.context_length} must be a multiple of {SamplerSettings.chunk}")
+    if config.runner == "ray" and is_first():
+        import_ray()
 
 
 def check_tasks(tasks: Sequence[Task], heldout: Mapping[str, Sequence[Task]]) -> None:
@@ -234,16 +250,6 @@ def write_manifest(out: Path, config: FitConfig, data_hash: str) -> None:
     os.replace(partial, path)
 
 
-def intermediate_rewards(names: Sequence[str]) -> tuple[Callable[[Rollout], tuple[float, ...]], ...]:
-    from lightningrl.runtime import intermediate
-
-    known = {"tool_error": intermediate.tool_error, "repeated_call": intermediate.repeated_call}
-    for name in names:
-        if name not in known:
-            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
-    return tuple(known[name] for name in names)
-
-
 @dataclasses.dataclass(frozen=True)
 class CommandConfig(FitConfig):
     """The command line's settings."""
@@ -267,6 +273,8 @@ def main() -> None:
         tasks, heldout = [t for i, t in enumerate(tasks) if i % 10], tasks[::10]
     started = time.time()
     fitted = fit(agent, tasks, reward, config, heldout={"heldout": heldout})
+    if not is_first():
+        return
     first, last = fitted.metrics[0], fitted.metrics[-1]
     print(
         f"held-out reward {first['heldout_reward']:.3f} -> {last['heldout_reward']:.3f} on {len(heldout)} tasks, "

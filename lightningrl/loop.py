@@ -22,15 +22,12 @@ from lightningrl.evidence.branches import branch_requests, describe_branches, ra
 from lightningrl.evidence.critic import turn_values
 from lightningrl.evidence.producer import Producer, arrays, numbers, produce_evidence
 from lightningrl.gateway import SamplingOverrides
-from lightningrl.metrics import MetricsLog
+from lightningrl.metrics import MetricsLog, NoLog
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import RowSettings
 from lightningrl.policies import EVERY_ROLE, Policies, as_tree, pack_policies, score_policies, update_policies, weights
 from lightningrl.recipe import Recipe
-from lightningrl.runtime.runner import Runner
-from lightningrl.sampler.by_role import RoleSampler
-from lightningrl.sampler.engine import PolicySampler
-from lightningrl.sampler.remote import RemoteSampler
+from lightningrl.serving import AnyRunner, AnySampler
 from lightningrl.sharding import batch_multiple
 from lightningrl.table import Array, Evidence, TransitionTable
 from lightningrl.tabulate import table_size, trained_rollouts
@@ -58,8 +55,9 @@ class Run:
     """Everything the loop calls, put together by `fit`."""
 
     settings: LoopSettings
-    runner: Runner
-    sampler: PolicySampler | RoleSampler | RemoteSampler
+    runner: AnyRunner
+    sampler: AnySampler
+    sampling_at: Any  # how the sampler's weights lie, see `sharding.gathered`
     step: TrainStep
     rows: RowSettings
     tasks: Sequence[Task]
@@ -67,7 +65,7 @@ class Run:
     reference: Params | None  # for the KL term of a recipe that has one, unless it is the policy's moving mean
     producers: Sequence[Producer]  # of the evidence that the recipe needs
     alter: Callable[[Sequence[Rollout], int], Sequence[Rollout]]  # between collecting and learning; identity but in controls
-    log: MetricsLog
+    log: MetricsLog | NoLog
     checkpoints: Checkpoints
     on_rollout: Callable[[str, int, Rollout], None]
     on_iteration: Callable[[Mapping[str, Any]], None]
@@ -101,7 +99,7 @@ def train(run: Run, policies: Policies, aux: dict[str, Any], done: int) -> Polic
 
 def sync(run: Run, policies: Policies, version: int) -> None:
     """Hands the sampler the weights of every policy."""
-    by_role = weights(run.step, policies)
+    by_role = weights(run.step, policies, run.sampling_at)
     run.sampler.set_params(by_role.get(EVERY_ROLE, by_role), version)
 
 

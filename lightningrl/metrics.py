@@ -46,9 +46,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete lines, in order. A line cut short by a crash is not complete."""
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]]
+        return read_metrics(self.directory)
 
     def truncate_after(self, iteration: int) -> None:
         """Drops the lines of later iterations, so that a resumed run writes them anew."""
@@ -78,6 +76,22 @@ class MetricsLog:
                 if name != "iteration" and isinstance(value, int | float) and not isinstance(value, bool):
                     self._events.add_scalar(name, value, row["iteration"])
         self._events.flush()
+
+
+class NoLog:
+    """Stands for the log at processes that do not write it."""
+
+    def append(self, iteration: int, fields: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All complete lines of the `metrics.jsonl` in a directory, in order; none if there is none."""
+    path = pathlib.Path(directory) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
 
 
 def without_timings(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lightningrl.batches import pack_updates, score
+from lightningrl.distributed import is_first
 from lightningrl.errors import UserError
 from lightningrl.evidence.scorer import table_calls
 from lightningrl.model.lora import init_lora, merge
@@ -27,6 +27,7 @@ from lightningrl.model.params import Params
 from lightningrl.packing.rows import PackedBatch, RowSettings
 from lightningrl.policy import Policy, load_policy, save_policy
 from lightningrl.recipe import Recipe
+from lightningrl.sharding import HOST, gathered, params_sharding
 from lightningrl.table import TransitionTable
 from lightningrl.train import EdgeBatch, Scores, TrainState, TrainStep
 from lightningrl.types import Rollout
@@ -56,14 +57,15 @@ def start_policies(step: TrainStep, params: Params, roles: Sequence[str] = (), s
     """
     if step.lora is None:
         return {EVERY_ROLE: step.init(params)}
+    params = step.placed(params)  # once for all
     init = jax.jit(functools.partial(init_lora, step.config, settings=step.lora))
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(max(len(roles), 1))]
     return {role: step.init(params, init(key)) for role, key in zip(roles or [EVERY_ROLE], keys, strict=True)}
 
 
-def weights(step: TrainStep, policies: Policies) -> dict[str, Params]:
-    """What every policy computes with, in arrays that no update consumes."""
-    return {role: jax.tree.map(jnp.copy, step.weights(state)) for role, state in policies.items()}
+def weights(step: TrainStep, policies: Policies, at: Any) -> dict[str, Params]:
+    """What every policy computes with, in arrays that no update consumes, where `at` says: see `sharding.gathered`."""
+    return {role: gathered(step.weights(state), at) for role, state in policies.items()}
 
 
 def pack_policies(
@@ -129,11 +131,14 @@ def merged(step: TrainStep, state: TrainState) -> Params:
     """The whole parameters of a policy, in float32 whatever is computed in."""
     if state.adapter is None or step.lora is None:
         return state.params
-    return jax.jit(functools.partial(merge, scale=step.lora.scale))(state.params, state.adapter)
+    whole = jax.jit(functools.partial(merge, scale=step.lora.scale), out_shardings=params_sharding(step.config, step.mesh))
+    return whole(state.params, state.adapter)
 
 
 def save_policies(directory: Path, start: Policy, step: TrainStep, policies: Policies) -> Policy:
     """Writes a run's policy: the whole model, and its adapter on its own; of policies of roles the base, and each one's adapter.
+
+    With several processes all of them call it, and the first writes.
 
     Args:
       start: what training started from, the base of every adapter.
@@ -143,11 +148,14 @@ def save_policies(directory: Path, start: Policy, step: TrainStep, policies: Pol
     """
     shared = policies.get(EVERY_ROLE)
     saved = start if shared is None else dataclasses.replace(start, params=merged(step, shared))
-    save_policy(directory, saved)
-    base = "" if step.lora is None else base_hash(start.params)
-    for role, state in policies.items():
-        if state.adapter is not None and step.lora is not None:
-            save_adapter(directory / adapter_name(role), state.adapter, step.lora, base)
+    at = HOST if is_first() else None
+    params, adapters = gathered(saved.params, at), {role: gathered(state.adapter, at) for role, state in policies.items()}
+    if is_first():
+        save_policy(directory, dataclasses.replace(saved, params=params))
+        base = "" if step.lora is None else base_hash(start.params)
+        for role, adapter in adapters.items():
+            if step.lora is not None:
+                save_adapter(directory / adapter_name(role), adapter, step.lora, base)
     return saved
 
 

@@ -164,12 +164,12 @@ def _process_rewards(s: Sources) -> Producer:
 def _judge(s: Sources) -> Producer:
     concurrency = 1 if s.config.judge else s.config.concurrency
     produce = functools.partial(judge_rollouts, judge=judge_of(s.recipe, s.config), concurrency=concurrency, multiple=s.multiple)
-    return Producer("judge", ("judge",), produce, _nothing)
+    return Producer("judge", ("judge",), produce, _nothing, asks_outside=True)
 
 
 def _potential(s: Sources) -> Producer:
     produce = functools.partial(potentials, potential=potential_of(s.recipe, s.config), multiple=s.multiple)
-    return Producer("potential", ("potential",), produce, _nothing)
+    return Producer("potential", ("potential",), produce, _nothing, asks_outside=True)
 
 
 MAKERS: dict[tuple[str, ...], Callable[[Sources], Producer]] = {

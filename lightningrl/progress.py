@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from lightningrl.distributed import is_first
 from lightningrl.types import Rollout
 
 LINES_OF_A_WARM_START = 5
@@ -20,7 +21,7 @@ class Progress:
 
     def __init__(self, iterations: int, done: int) -> None:
         self._total = iterations
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() and is_first()
         self._iterations = _bar(self._live, total=iterations, initial=max(done, 0), desc="training", unit="it", position=0)
         self._rollouts: tqdm | None = None
         self._shown: dict[str, str] = {}
@@ -72,7 +73,7 @@ class Progress:
     @staticmethod
     @contextlib.contextmanager
     def imitation(steps: int) -> Iterator[Callable[[int, float], None]]:
-        live = sys.stderr.isatty()
+        live = sys.stderr.isatty() and is_first()
         every = -(-steps // LINES_OF_A_WARM_START)
         with _bar(live, total=steps, desc="warm start", unit="step") as bar:
 
@@ -98,4 +99,5 @@ def _bar(live: bool, **settings: Any) -> tqdm:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if is_first():
+        print(line, file=sys.stderr, flush=True)

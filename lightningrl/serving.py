@@ -4,36 +4,77 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lightningrl.config import FitConfig
+from lightningrl.distributed import SamplerElsewhere, SharedRunner, is_first
+from lightningrl.gateway import Gateway, GatewaySettings
 from lightningrl.model.params import Params
-from lightningrl.policies import EVERY_ROLE, Policies, weights
 from lightningrl.policy import Policy, export_policy
 from lightningrl.recipe import Recipe, with_correction
 from lightningrl.recipes import get_recipe
+from lightningrl.runtime.intermediate import intermediate_rewards
 from lightningrl.runtime.local import CallAgent
 from lightningrl.runtime.on_ray import OnRay
-from lightningrl.runtime.runner import Agent
+from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
+from lightningrl.runtime.store import Store
 from lightningrl.sampler.by_role import RoleSampler
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sampler.remote import EngineSettings, RemoteSampler, reload_requests
+from lightningrl.sharding import HOST, ShardingRules, params_sharding, place, sampling_mesh
 from lightningrl.train import TrainStep
+
+AnySampler = PolicySampler | RoleSampler | RemoteSampler | SamplerElsewhere
+AnyRunner = Runner | SharedRunner
 
 
 def make_sampler(
-    step: TrainStep, policies: Policies, policy: Policy, config: FitConfig, settings: SamplerSettings
-) -> PolicySampler | RoleSampler | RemoteSampler:
-    """One sampler, or one for each role that has a policy, or the engine behind `--engine`, which then has been asked for a token."""
+    step: TrainStep, roles: Sequence[str], policy: Policy, config: FitConfig, settings: SamplerSettings
+) -> tuple[AnySampler, Any]:
+    """What answers calls: a sampler, one for each of `roles`, or the engine behind `--engine`, which then has been asked for a token.
+
+    With several processes, process 0 alone has it.
+
+    Returns:
+      It, with the weights that training starts from, and how it wants the later ones to lie: see `sharding.gathered`.
+    """
+    if not is_first():
+        return SamplerElsewhere(), None
     if config.engine is not None:
-        return outside_engine(config.engine, policy, config)
+        return outside_engine(config.engine, policy, config), HOST
+    here = sampling_mesh(step.mesh)
+    weights_at = params_sharding(policy.config, here, ShardingRules(embed=None))  # each decoding step reads every weight
+    start = place(step.rounded(policy.params), weights_at)
 
     def make(params: Params) -> PolicySampler:
-        return PolicySampler(params, policy.config, policy.tokenizer, settings)
+        return PolicySampler(params, policy.config, policy.tokenizer, settings, mesh=here)
 
-    by_role = weights(step, policies)
-    return make(by_role[EVERY_ROLE]) if EVERY_ROLE in by_role else RoleSampler(make, by_role, step.rounded(policy.params))
+    return RoleSampler(make, dict.fromkeys(roles, start), start) if roles else make(start), weights_at
+
+
+@contextlib.contextmanager
+def serving(
+    sampler: AnySampler, policy: Policy, agent: Agent, reward: Reward | None, config: FitConfig, rollouts: Path
+) -> Iterator[AnyRunner]:
+    """What runs the agents, for the block, with a gateway before the sampler and `rollouts` as its store; at process 0."""
+    if isinstance(sampler, SamplerElsewhere):
+        yield SharedRunner(None)
+        return
+    with contextlib.closing(Store(rollouts)) as store, sampler, place_of_agents(agent, config) as call_agent:
+        settings = GatewaySettings(host=config.host, port=config.port, default_max_tokens=config.max_tokens)
+        gateway = Gateway(sampler, policy.tokenizer, settings)
+        gateway.start()
+        try:
+            limits = RunnerSettings(config.concurrency, config.time_limit, config.max_attempts)
+            intermediate = intermediate_rewards(config.intermediate)
+            runner = Runner(gateway, agent, reward, limits, intermediate=intermediate, store=store, call_agent=call_agent)
+            yield runner if jax.process_count() == 1 else SharedRunner(runner)
+        finally:
+            gateway.stop()
 
 
 def outside_engine(url: str, policy: Policy, config: FitConfig) -> RemoteSampler:
@@ -60,6 +101,6 @@ def corrected_recipe(config: FitConfig) -> Recipe:
     if config.engine is None or config.engine_correction == "none":
         return recipe
     corrected = with_correction(recipe)
-    if corrected is not recipe:
+    if corrected is not recipe and is_first():
         print(f"recipe {recipe.name} with truncated importance sampling, since an engine samples; --engine_correction=none leaves it out")
     return corrected

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightningrl.config import FitConfig, cache_folder
+from lightningrl.distributed import from_first, is_first, wait_for_all
 from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.gateway.rendering import Renderer
 from lightningrl.model.config import ModelConfig
@@ -31,14 +32,16 @@ def starting_policy(
     config: FitConfig, out: Path, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool, mesh: Any
 ) -> Policy:
     """The policy of `--policy`, or a new one; after imitation where there are demonstrations. Kept in OUT/start."""
-    if (out / "start" / "config.json").exists():
+    if from_first((out / "start" / "config.json").exists):
         return load_policy(out / "start")
     policy = load_policy(Path(config.policy)) if config.policy else new_policy(config, demonstrations, tasks, critic=critic)
     policy = with_value_head(policy) if critic else policy
     if demonstrations and config.imitation_steps:
         policy = warm_started(policy, config, demonstrations, mesh)
-    save_policy(out / "start", policy)
-    return policy
+    if is_first():
+        save_policy(out / "start", policy)
+    wait_for_all("the policy to start from")
+    return policy if jax.process_count() == 1 else load_policy(out / "start")
 
 
 def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool) -> Policy:

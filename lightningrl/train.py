@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -22,13 +23,13 @@ from jax.sharding import Mesh
 from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
-from lightningrl.model.lora import Adapter, LoraSettings, adapter_sharding, merge
-from lightningrl.model.params import Params
+from lightningrl.model.lora import Adapter, LoraSettings, adapter_shapes, adapter_sharding, merge
+from lightningrl.model.params import Params, shapes
 from lightningrl.model.token_scores import token_scores
 from lightningrl.packing.rows import Rows
 from lightningrl.recipe import Recipe
 from lightningrl.segments import safe_divide
-from lightningrl.sharding import batch_sharding, params_sharding, replicated
+from lightningrl.sharding import batch_sharding, edges_sharding, local, optimizer_sharding, params_sharding, place, replicated
 from lightningrl.table import Array, LossInputs, TokenTable, UnitCounts
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, weight) pairs, which add up over micro-batches
@@ -115,6 +116,7 @@ class TrainStep:
     """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
 
     `score` reads, `update` trains. Both compile once per row length. All that is drawn at random comes from `seed` and the step.
+    With several processes all of them call every method, with equal arguments; scores and metrics are each process' own copies.
 
     Args:
       lora: trains an adapter of these settings; None trains all parameters.
@@ -138,41 +140,48 @@ class TrainStep:
     ) -> None:
         self.config, self.recipe, self.optimizer, self.mesh, self.seed = config, recipe, optimizer, mesh, seed
         self.lora, self.compute_dtype, self.ema_decay = lora, compute_dtype, ema_decay
+        self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
         self._params_at = params_sharding(config, mesh)
         self._trained_at = self._params_at if lora is None else adapter_sharding(self._params_at, config, lora)
-        self._base_at = None if lora is None else self._params_at
-        self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
-        self._weights = jax.jit(self._weights_of, out_shardings=self._params_at)
-        self._score = jax.jit(
-            lambda params, rows, edges: score_edges(self.rounded(params), config, rows, edges),
-            in_shardings=(self._params_at, self._rows_at, self._whole),
-            out_shardings=self._whole,
+        abstract = shapes(config) if lora is None else adapter_shapes(config, lora)
+        state_at = TrainState(
+            params=self._params_at if lora is None else {},  # a base is no output of an update
+            opt_state=optimizer_sharding(optimizer, abstract, self._trained_at, self._whole),
+            step=self._whole,  # type: ignore[arg-type]
+            adapter=None if lora is None else self._trained_at,
+            reference=None if ema_decay is None else self._trained_at,
         )
+        self._weights = jax.jit(self._weights_of, out_shardings=self._params_at)
+        self._score = jax.jit(lambda params, *batch: score_edges(self.rounded(params), config, *batch), out_shardings=self._whole)
         self._denominators = jax.jit(self._denominators_of)
         self._select = jax.jit(self._selection_of)
         self._gradients_of = jax.grad(self._objective, has_aux=True)
         self._accumulate = jax.jit(
             lambda total, *batch: jax.tree.map(jnp.add, total, self._gradients_of(*batch)),
-            in_shardings=((self._trained_at, self._whole), self._trained_at, self._base_at, self._rows_at, self._whole, self._whole),
+            out_shardings=(self._trained_at, self._whole),
             donate_argnums=0,
         )
         self._zeros: Any = None  # makes what accumulation starts from
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
+        self._start = jax.jit(optimizer.init, out_shardings=state_at.opt_state)
+        self._apply = jax.jit(self._apply_gradients, out_shardings=(state_at, self._whole), donate_argnums=0)
 
     def init(self, params: Params, adapter: Adapter | None = None) -> TrainState:
         """Fresh optimizer state around a copy of what is trained, sharded by the rules. A base is not copied, as nothing consumes it."""
         if (adapter is None) != (self.lora is None):
             raise ValueError("an adapter is trained by a step that was given its settings, and by no other")
         copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self._trained_at)
-        trained = copy(params if adapter is None else adapter)
-        zero = jax.device_put(jnp.zeros((), jnp.int32), self._whole)
+        trained = copy(place(params if adapter is None else adapter, self._trained_at))
         return TrainState(
-            params=trained if adapter is None else jax.device_put(params, self._params_at),
-            opt_state=jax.jit(self.optimizer.init)(trained),
-            step=zero,
+            params=trained if adapter is None else self.placed(params),
+            opt_state=self._start(trained),
+            step=place(np.zeros((), np.int32), self._whole),
             adapter=None if adapter is None else trained,
             reference=None if self.ema_decay is None else copy(trained),
         )
+
+    def placed(self, params: Params) -> Params:
+        """Parameters, sharded by the rules; not copied where they lie so already."""
+        return place(params, self._params_at)
 
     def weights(self, state: TrainState) -> Params:
         """What the policy computes with: the adapter merged, in the compute dtype. Where that is nothing to do, the state's own arrays."""
@@ -188,26 +197,32 @@ class TrainStep:
 
     def score(self, params: Params, rows: Sequence[Rows], edges: TokenTable) -> Scores:
         """Scores of all edges, [micro-batches, E], without gradient; of parameters in any dtype, computed in the compute dtype."""
-        parts = [self._score(params, r, jax.tree.map(lambda x, i=i: x[i], edges)) for i, r in enumerate(rows)]
+        params = self.placed(params)
+        parts = [local(self._score(params, *self._micro_batch(i, r, edges))) for i, r in enumerate(rows)]
         return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
     def update(self, state: TrainState, rows: Sequence[Rows], edges: EdgeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step on a batch. `state` is donated. Metrics are means over the masked edges of the whole batch."""
         if not rows:
             raise ValueError("an update needs at least one micro-batch")
-        denominators = self._denominators(edges)
+        denominators = place(self._denominators(edges), self._whole)
         if self.recipe.select is not None:
             scores = self.score(self.weights(state), rows, edges.tokens)
-            edges = dataclasses.replace(edges, selected=self._select(state.step, scores, edges))
+            edges = dataclasses.replace(edges, selected=self._select(local(state.step), scores, edges))
         total, (trained, base) = None, self._trained(state)
         for i, r in enumerate(rows):
-            batch = (trained, base, r, jax.tree.map(lambda x, i=i: x[i], edges), denominators)
+            batch = (trained, base, *self._micro_batch(i, r, edges), denominators)
             total = self._accumulate(self._nothing(batch) if total is None else total, *batch)
         assert total is not None
-        if base is None:
-            return self._apply(state, *total)
-        after, metrics = self._apply(dataclasses.replace(state, params={}), *total)  # a base is not consumed: others have it too
-        return dataclasses.replace(after, params=base), metrics
+        # A base is not consumed: others have it too.
+        after, metrics = self._apply(state if base is None else dataclasses.replace(state, params={}), *total)
+        return after if base is None else dataclasses.replace(after, params=base), local(metrics)
+
+    def _micro_batch(self, i: int, rows: Rows, edges: Any) -> tuple[Rows, Any]:
+        """The i-th micro-batch where its arrays belong."""
+        edges = jax.tree.map(lambda x: x[i], edges)
+        (count,) = jax.tree.leaves(edges)[0].shape
+        return place(rows, self._rows_at), place(edges, edges_sharding(self.mesh, count))
 
     def _nothing(self, batch: Any) -> tuple[Params, Metrics]:
         if self._zeros is None:

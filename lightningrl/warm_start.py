@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from lightningrl import losses
 from lightningrl.checkpoint import load_params, save_params
+from lightningrl.distributed import from_first, is_first
 from lightningrl.gateway.protocol import Message
 from lightningrl.gateway.rendering import Renderer
 from lightningrl.model.config import ModelConfig
@@ -28,7 +29,7 @@ from lightningrl.model.params import Params, shapes
 from lightningrl.packing.rows import PackedBatch, RowSettings, pack
 from lightningrl.recipe import Recipe
 from lightningrl.recipes import get_recipe
-from lightningrl.sharding import batch_multiple
+from lightningrl.sharding import HOST, batch_multiple, gathered
 from lightningrl.table import TokenTable, UnitCounts
 from lightningrl.train import EdgeBatch, OptimizerSettings, TrainStep, make_optimizer
 from lightningrl.types import DemonstratedCall, Transition
@@ -189,6 +190,8 @@ def cached(
 ) -> Params:
     """`make()`, or what it returned for the same content before.
 
+    With several processes, all make it together unless process 0 has it, which then is the only one that gets it; the others get {}.
+
     Args:
       key, arrays: all that the result depends on, hashed; the versions of jax are added.
     """
@@ -196,9 +199,11 @@ def cached(
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     place = directory / digest.hexdigest()[:32]
-    if (place / "model.safetensors").exists() and (place / "config.json").exists():
-        return load_params(place, shapes(config))
-    params = make()
+    if from_first(lambda: (place / "model.safetensors").exists() and (place / "config.json").exists()):
+        return load_params(place, shapes(config)) if is_first() else {}
+    params = gathered(make(), HOST)
+    if not is_first():
+        return params
     partial = directory / f"{place.name}.{os.getpid()}"
     save_params(partial, params, dataclasses.asdict(config))
     try:

@@ -33,7 +33,7 @@ from lightningrl.policies import (
 )
 from lightningrl.policy import Policy
 from lightningrl.recipes import get_recipe
-from lightningrl.sharding import make_mesh
+from lightningrl.sharding import HOST, make_mesh
 from lightningrl.train import TrainStep
 from tests.small_step import CONFIG, REINFORCE, ROLES, ROWS, advantages, edges_of, params, recorded, table
 from tests.tiny import tiny_policy
@@ -139,7 +139,7 @@ def test_every_call_is_scored_by_its_own_policy() -> None:
 
 def test_roles_start_as_the_base_with_factors_of_their_own() -> None:
     policies = start_policies(step(), params(), ROLES, seed=5)
-    for role_weights in weights(step(), policies).values():
+    for role_weights in weights(step(), policies, HOST).values():
         same(role_weights, params())
     a, b = (policies[role].adapter["layers"][0]["qkv"]["a"] for role in ROLES)
     assert not np.array_equal(a, b)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
+from lightningrl.distributed import from_first
 from lightningrl.model.params import Params
 from lightningrl.table import Array, Evidence
 from lightningrl.types import Rollout
@@ -30,6 +33,7 @@ class Producer:
     start: Callable[[Params], Any]  # aux of a run's first iteration
     keeps: Literal["arrays", "numbers"] = "numbers"  # what aux is: a pytree of arrays of fixed shapes, or a JSON object of numbers
     runs_agents: bool = False  # whether `produce` takes `run`
+    asks_outside: bool = False  # whether it calls a person's code or a service: with several processes, process 0 asks for all
 
 
 def first_aux(producers: Sequence[Producer], policy: Params) -> dict[str, Any]:
@@ -44,9 +48,21 @@ def produce_evidence(
     evidence, after = Evidence(), dict(aux)
     for index, producer in enumerate(producers):
         agents = {"run": run} if producer.runs_agents else {}
-        filled, after[producer.name] = producer.produce(policy, aux[producer.name], rollouts, jax.random.fold_in(key, index), **agents)
+        produce = functools.partial(_asked_by_first, producer) if producer.asks_outside else producer.produce
+        filled, after[producer.name] = produce(policy, aux[producer.name], rollouts, jax.random.fold_in(key, index), **agents)
         evidence = dataclasses.replace(evidence, **{name: getattr(filled, name) for name in producer.fills})
     return evidence, after
+
+
+def _asked_by_first(producer: Producer, *arguments: Any) -> tuple[Evidence, Any]:
+    """What the producer says on process 0, on every process. Float32 survives JSON to the last bit."""
+
+    def ask() -> Any:
+        evidence, after = producer.produce(*arguments)
+        return [{name: np.asarray(getattr(evidence, name)).tolist() for name in producer.fills}, after]
+
+    filled, after = from_first(ask)
+    return Evidence(**{name: np.asarray(values, np.float32) for name, values in filled.items()}), after
 
 
 def numbers(producers: Sequence[Producer], aux: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightningrl.errors import UserError
 from lightningrl.types import Rollout, Transition
 
 ERROR_LINE = re.compile(r"^result:\s*error", re.IGNORECASE | re.MULTILINE)
@@ -42,6 +43,15 @@ def repeated_call(rollout: Rollout, penalty: float = -0.1) -> tuple[float, ...]:
         rewards.append(penalty if call in seen else 0.0)
         seen.add(call)
     return tuple(rewards)
+
+
+def intermediate_rewards(names: Sequence[str]) -> tuple[Callable[[Rollout], tuple[float, ...]], ...]:
+    """The intermediate rewards of these names. Raises UserError for one that there is not."""
+    known = {"tool_error": tool_error, "repeated_call": repeated_call}
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
+    return tuple(known[name] for name in names)
 
 
 def with_rewards(rollout: Rollout, functions: Sequence[Callable[[Rollout], tuple[float, ...]]]) -> Rollout:

@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from lightningrl.model.cache import cache_bytes, init_cache
+from lightningrl.model.cache import KVCache, cache_bytes, init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
 from lightningrl.sampler.metrics import SamplerCounts, exposition
@@ -26,6 +27,7 @@ from lightningrl.sampler.prefix_cache import PrefixCache
 from lightningrl.sampler.request import OnTokens, Request
 from lightningrl.sampler.slots import Slots, plan_reading
 from lightningrl.sampler.steps import Plan, TurnShape, turn
+from lightningrl.sharding import cache_sharding
 from lightningrl.types import Completion, FinishReason, SamplingParams
 
 SHORTEST = 64  # cache positions that decoding looks at, at least, where their number follows the load
@@ -47,7 +49,15 @@ class SamplerSettings:
 class PolicySampler:
     """Implements `types.Sampler` over the policy's parameters. Use as a context manager, or call `start` and `stop`."""
 
-    def __init__(self, params: Params, config: ModelConfig, tokenizer: Any, settings: SamplerSettings, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer: Any,
+        settings: SamplerSettings,
+        policy_version: int = 0,
+        mesh: Mesh | None = None,  # what the cache is split over; None: one device
+    ) -> None:
         s = settings
         if s.context_length % s.chunk:
             raise ValueError(f"context_length={s.context_length} must be a multiple of chunk={s.chunk}")
@@ -66,10 +76,15 @@ class PolicySampler:
             length=s.context_length,
         )
         self._slots = Slots(self._shape.slots, s.slots)
-        self._prefixes = PrefixCache(s.prefix_cache_mb * 2**20 // cache_bytes(config, s.chunk), s.chunk)
         dtype = params["embedding"].dtype
-        self._cache = init_cache(config, self._shape.slots, s.context_length, dtype)
-        self._pool = init_cache(config, self._prefixes.blocks + 1, s.chunk, dtype)  # the last is written where nothing is to be kept
+        self._prefixes = PrefixCache(s.prefix_cache_mb * 2**20 // cache_bytes(config, s.chunk, dtype.itemsize), s.chunk)
+
+        def zeros(slots: int, length: int) -> KVCache:
+            at = None if mesh is None else cache_sharding(config, mesh, slots)
+            return jax.jit(lambda: init_cache(config, slots, length, dtype), out_shardings=at)()
+
+        self._cache = zeros(self._shape.slots, s.context_length)
+        self._pool = zeros(self._prefixes.blocks + 1, s.chunk)  # the last is written where nothing is to be kept
         self._waiting: collections.deque[Request] = collections.deque()
         self._in_flight = 0
         self._wake = threading.Condition()

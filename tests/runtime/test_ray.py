@@ -232,7 +232,10 @@ def on_hosts(*hosts: str, gateway_host: str) -> OnRay:
 
 
 def test_the_settings_of_a_run_lead_to_the_cluster(cluster: Cluster) -> None:
-    from lightningrl.fit import fit, place_of_agents  # here, since processes of the cluster import this file, and JAX takes long
+    from lightningrl.serving import (
+        make_sampler,
+        place_of_agents,
+    )  # here, since processes of the cluster import this file, and JAX takes long
 
     config = FitConfig(runner="ray", ray_address=cluster.address, ray_cpus=0.5)
     with place_of_agents(lambda task, base_url, api_key: [task, base_url, api_key], config) as call_agent:
@@ -240,7 +243,7 @@ def test_the_settings_of_a_run_lead_to_the_cluster(cluster: Cluster) -> None:
         answer, seconds = asyncio.run(call_agent({"i": 1}, "http://127.0.0.1:9/v1", "key", 30.0))
     assert answer == [{"i": 1}, "http://127.0.0.1:9/v1", "key"] and 0 < seconds < 30
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-    with place_of_agents(fit, FitConfig()) as call_agent:
+    with place_of_agents(make_sampler, FitConfig()) as call_agent:
         assert call_agent is None  # the runner's own place
 
 

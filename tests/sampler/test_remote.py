@@ -18,16 +18,21 @@ from typing import Any
 import httpx
 import jax
 import numpy as np
+import optax
 import pytest
 
 from lightningrl.errors import UserError
-from lightningrl.fit import fit, make_sampler
+from lightningrl.fit import fit
 from lightningrl.gateway.calls import sampling_key
 from lightningrl.policy import Policy, load_policy, save_policy
+from lightningrl.recipes import get_recipe
 from lightningrl.runtime import Store
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sampler.protocol import EngineError, completion_of, completion_request
 from lightningrl.sampler.remote import KEY, RELOADS, EngineSettings, RemoteSampler, reload_requests
+from lightningrl.serving import make_sampler
+from lightningrl.sharding import make_mesh
+from lightningrl.train import TrainStep
 from lightningrl.types import SamplingParams
 from tests.test_fit import TASKS, agent
 from tests.test_fit import config as config  # noqa: PLC0414 - a fixture
@@ -252,8 +257,9 @@ def test_an_engine_that_does_not_say_enough(
 
 def test_an_engine_that_is_not_there(tmp_path: pathlib.Path, policy: Policy, config: Any) -> None:
     config = dataclasses.replace(config, engine="http://127.0.0.1:1/v1")
+    step = TrainStep(policy.config, get_recipe("lightningrl"), optax.sgd(1.0), make_mesh())
     with pytest.raises(UserError, match=r"there is no engine at http://127.0.0.1:1/v1 \(.+\): give the --engine of one that runs"):
-        make_sampler(policy, config, SamplerSettings())
+        make_sampler(step, (), policy, config, SamplerSettings())
     with remote("http://127.0.0.1:1", tmp_path, policy) as sampler:
         with pytest.raises(EngineError, match="the engine at http://127.0.0.1:1 cannot be reached"):
             sampler.submit(PROMPT, SamplingParams(3), (0, 0)).result(60)

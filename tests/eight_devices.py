@@ -1,0 +1,202 @@
+"""What has to hold on eight devices. Not collected by itself: `test_sharding.py` runs it in a process that forces so many."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lightningrl.model.cache import init_cache
+from lightningrl.model.config import ModelConfig
+from lightningrl.model.params import init_params, shapes
+from lightningrl.packing.rows import Rows
+from lightningrl.sampler.steps import SlotState, decode, prefill
+from lightningrl.sharding import (
+    HOST,
+    ShardingRules,
+    batch_multiple,
+    cache_sharding,
+    edges_sharding,
+    gathered,
+    make_mesh,
+    optimizer_sharding,
+    params_sharding,
+    place,
+    replicated,
+)
+from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.warm_start import _edges_of
+from tests import test_train as one
+from tests.tiny import tiny_policy
+
+SHAPE = ModelConfig(
+    vocab_size=256, hidden_size=64, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=128, max_positions=64
+)
+ADAM = make_optimizer(OptimizerSettings())
+FOUR = ((1, 4, 1), (1, 2, 2), (1, 1, 4))  # fsdp × tensor = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eight_devices() -> None:
+    assert jax.device_count() == 8
+
+
+def updated(shape: tuple[int, int, int]) -> tuple[TrainState, dict[str, Any]]:
+    """After a step of plain descent at rate 1: what the parameters lost is their gradient."""
+    policy = tiny_policy(value_head=True)
+    step = TrainStep(policy.config, one.PPO, one.DESCENT, make_mesh(*shape))
+    return one.updated(step, policy.params, one.ONE_ROW_LENGTH, multiple=batch_multiple(step.mesh))
+
+
+def test_the_step_on_eight_devices_is_that_on_one() -> None:
+    """Loss and gradients, policy's and critic's, but for the rounding of sums in another order."""
+    (state, metrics), (expected, numbers) = updated((2, 2, 2)), updated((1, 1, 1))
+    before = tiny_policy(value_head=True).params
+    gradient = jax.tree.map(lambda b, a: np.asarray(b) - np.asarray(a), before, gathered(state.params, HOST))
+    jax.tree.map(one.close, gradient, jax.tree.map(lambda b, a: np.asarray(b) - np.asarray(a), before, expected.params))
+    assert max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-3  # far more than what `close` lets pass
+    for metric in numbers:
+        one.close(metrics[metric], numbers[metric])
+
+
+def bytes_of(tree: Any) -> int:
+    """Of one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def step_of(shape: tuple[int, int, int]) -> TrainStep:
+    return TrainStep(SHAPE, one.LIGHTNINGRL, ADAM, make_mesh(*shape))
+
+
+@functools.cache
+def argument_bytes(shape: tuple[int, int, int]) -> dict[str, int]:
+    """What the compiled programs of an update take per device: state and gradients, and what accumulating needs."""
+    step = step_of(shape)
+    state = step.init(init_params(SHAPE, jax.random.key(0)))
+    zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes(SHAPE)), out_shardings=params_sharding(SHAPE, step.mesh))
+    apply = step._apply.lower(state, zeros(), {}).compile().memory_analysis()
+    assert apply is not None
+    return {"apply": apply.argument_size_in_bytes, "state": bytes_of((state.params, state.opt_state))}
+
+
+@pytest.mark.parametrize("shape", FOUR)
+def test_parameters_and_optimizer_are_a_quarter_each(shape: tuple[int, int, int]) -> None:
+    """By the compiled program's own account; what is not split, norms and counts, is in the tenth beyond the quarter."""
+    whole, part = argument_bytes((1, 1, 1)), argument_bytes(shape)
+    assert part["apply"] <= 0.3 * whole["apply"]
+    assert part["state"] <= 0.3 * whole["state"]
+
+
+def test_the_state_stays_sharded_over_updates() -> None:
+    """Moments lie as their parameters do, before and after, and nothing is whole that the rules split."""
+    step = TrainStep(tiny_policy().config, one.LIGHTNINGRL, ADAM, make_mesh(1, 2, 2))
+    packed, table = one.packed_in(one.ONE_ROW_LENGTH, multiple=batch_multiple(step.mesh))
+    state = step.init(tiny_policy().params)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    assert len(before.params["embedding"].device_set) == 4 and not before.params["embedding"].is_fully_replicated
+    adam = optax.tree.get(state.opt_state, "mu")
+    assert jax.tree.map(lambda x: x.sharding, adam) == before.params
+    state, _ = step.update(state, packed.rows, one.edges_of(packed, table, step, state.params))
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(1.0),
+        optax.sgd(1.0, momentum=0.9),
+        ADAM,
+        optax.masked(optax.adam(1e-3), lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(),
+    ],
+)
+def test_any_optimizers_state_is_sharded(optimizer: optax.GradientTransformation) -> None:
+    mesh, params = make_mesh(1, 2, 2), init_params(SHAPE, jax.random.key(0))
+    at = params_sharding(SHAPE, mesh)
+    state = jax.jit(optimizer.init, out_shardings=optimizer_sharding(optimizer, params, at, replicated(mesh)))(params)
+    large = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1000]
+    assert all(leaf.addressable_shards[0].data.size * 4 == leaf.size for leaf in large)
+
+
+def test_the_batch_is_split_and_with_it_the_work() -> None:
+    """FLOPs of the compiled gradient on one of eight devices: an eighth, and what cannot be split, a sixteenth at most."""
+    flops, (packed, _) = {}, one.packed_in(one.ONE_ROW_LENGTH)
+    edges = _edges_of(packed)
+    for shape in ((1, 1, 1), (8, 1, 1)):
+        step = step_of(shape)
+        params = place(init_params(SHAPE, jax.random.key(0)), params_sharding(SHAPE, step.mesh))
+        rows = Rows(*(np.zeros((8, 64), np.int32) for _ in range(3)))
+        batch = (*step._micro_batch(0, rows, edges), {"policy": np.float32(1), "value": np.float32(1)})
+        cost = jax.jit(step._gradients_of).lower(params, None, *batch).compile().cost_analysis()
+        flops[shape] = cost["flops"]
+    assert flops[8, 1, 1] <= flops[1, 1, 1] * (1 / 8 + 1 / 16)
+
+
+def test_an_axis_that_does_not_divide_stays_whole() -> None:
+    three = dataclasses.replace(SHAPE, num_kv_heads=1, vocab_size=255)
+    at = params_sharding(three, make_mesh(1, 1, 4))
+    assert at["embedding"].is_fully_replicated and at["layers"][0]["qkv"].is_fully_replicated
+    assert not at["layers"][0]["down"].is_fully_replicated
+    assert edges_sharding(make_mesh(8), 12).is_fully_replicated and not edges_sharding(make_mesh(8), 16).is_fully_replicated
+
+
+def test_the_mesh_puts_tensor_innermost() -> None:
+    ids = np.vectorize(lambda device: device.id)(make_mesh(2, 2, 2).devices)
+    np.testing.assert_array_equal(ids, np.arange(8).reshape(2, 2, 2))
+
+
+# Sampling
+
+SLOTS, LENGTH = 8, 32
+
+
+def sampled(mesh: Any) -> tuple[Any, Any, Any]:
+    """Every slot reads a prompt and writes eight tokens."""
+    params = place(init_params(SHAPE, jax.random.key(0)), params_sharding(SHAPE, mesh, ShardingRules(embed=None)))
+    at = cache_sharding(SHAPE, mesh, SLOTS)
+    cache = jax.jit(lambda: init_cache(SHAPE, SLOTS, LENGTH), out_shardings=at)()
+    prompts = np.random.default_rng(0).integers(0, 256, (SLOTS, 8)).astype(np.int32)
+    for slots in (np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)):
+        cache = prefill(params, cache, slots, prompts[slots], np.zeros(4, np.int32), config=SHAPE)
+    state = SlotState(
+        token=prompts[:, -1],
+        position=np.full(SLOTS, 7, np.int32),
+        generated=np.zeros(SLOTS, np.int32),
+        max_tokens=np.full(SLOTS, 8, np.int32),
+        active=np.ones(SLOTS, bool),
+        key=np.stack([np.zeros(SLOTS), np.arange(SLOTS)], -1).astype(np.uint32),
+        temperature=np.ones(SLOTS, np.float32),
+        top_p=np.ones(SLOTS, np.float32),
+        top_k=np.zeros(SLOTS, np.int32),
+        alternatives=np.zeros(SLOTS, bool),
+    )
+    bursts = []
+    for _ in range(2):
+        cache, state, burst = decode(params, cache, jax.tree.map(jnp.asarray, state), config=SHAPE, steps=4, end_token=-1)
+        bursts.append(jax.device_get(burst))
+    return cache, at, bursts
+
+
+def test_the_cache_is_split_and_stays_so_and_samples_the_same() -> None:
+    """Slots over data and fsdp, key/value heads over tensor: an eighth on each of 2 × 2 × 2 devices."""
+    (cache, at, bursts), (whole, _, expected) = sampled(make_mesh(2, 2, 2)), sampled(make_mesh())
+    for array, sharding in zip(jax.tree.leaves(cache), jax.tree.leaves(at), strict=True):
+        assert array.sharding.is_equivalent_to(sharding, 4), array.sharding
+    assert bytes_of(cache) * 8 == bytes_of(whole)
+    for burst, other in zip(bursts, expected, strict=True):
+        np.testing.assert_array_equal(burst.token, other.token)
+        np.testing.assert_allclose(burst.logprob, other.logprob, rtol=0, atol=1e-5)
+
+
+def test_slots_or_heads_that_do_not_divide_stay_whole() -> None:
+    one_head = dataclasses.replace(SHAPE, num_kv_heads=1)
+    spec = cache_sharding(one_head, make_mesh(2, 2, 2), 8).keys[0].spec
+    assert spec == jax.P(("data", "fsdp"), None)
+    assert cache_sharding(SHAPE, make_mesh(2, 2, 2), 6).keys[0].spec == jax.P(None, "tensor")
