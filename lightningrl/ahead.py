@@ -20,6 +20,7 @@ class SamplingJobs:
 
     def __init__(self, *, beside: bool) -> None:
         self._waiting: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self.version: int | None = None  # of the weights that the sampler was last given, for the jobs to note
         self._thread = threading.Thread(target=self._work, name="sampling", daemon=True) if beside else None
 
     def submit(self, job: Callable[[], Result]) -> Callable[[], Result]:

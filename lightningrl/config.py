@@ -51,6 +51,7 @@ class FitConfig:
     temperature: float = setting(1.0, "of sampling in training, whatever the agent asks for")
     max_tokens: int = setting(64, "of a response, at most, in training and evaluation")
     intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call")
+    max_staleness: int = setting(0, "iterations that sampling runs ahead of training, with a correction for its older policy")
     eval_every: int = setting(15, "iterations between evaluations on the held-out tasks")
     concurrency: int = setting(64, "agents at once", free=True)
     time_limit: float = setting(60.0, "seconds a rollout may take", free=True)
@@ -101,6 +102,8 @@ class FitConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.iterations < 0:
             raise UserError(f"iterations={self.iterations} must be at least 0")
+        if self.max_staleness < 0:
+            raise UserError(f"max_staleness={self.max_staleness} must be at least 0")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be more than 0: a policy learns from what it samples")
         if self.ray_cpus < 0:

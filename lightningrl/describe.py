@@ -22,6 +22,10 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
+    def add(self, other: Clock) -> None:
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -51,6 +55,12 @@ def describe_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "continuing_calls_exact": int(exact),
         "intermediate_reward": float(np.mean([sum(t.reward for t in r.transitions) for r in ok])) if ok else 0.0,
     }
+
+
+def describe_staleness(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """How many versions the policy that sampled each trained call is behind the one that is updated."""
+    behind = [version - t.policy_version for r in rollouts if r.status == "ok" for t in r.transitions if t.trainable]
+    return {"staleness_max": max(behind, default=0), "staleness_mean": float(np.mean(behind)) if behind else 0.0}
 
 
 def describe_gap(batches: Sequence[PackedBatch], scores: Sequence[Scores]) -> dict[str, float]:

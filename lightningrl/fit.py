@@ -32,9 +32,9 @@ from lightningrl.loop import TABLE_MULTIPLE, LoopSettings, Run, checkpoint_tree,
 from lightningrl.manifest import manifest
 from lightningrl.metrics import MetricsLog, NoLog, plot_rewards, read_metrics
 from lightningrl.model.lora import LoraSettings
-from lightningrl.policies import check_roles, from_tree, merged, save_policies, start_policies
+from lightningrl.policies import check_roles, from_tree, merged, save_policies, start_policies, weights
 from lightningrl.policy import Policy
-from lightningrl.producers import Sources, check_sources, make_producers
+from lightningrl.producers import RUN_AGENTS, Sources, check_sources, make_producers
 from lightningrl.progress import Progress
 from lightningrl.recipe import Recipe
 from lightningrl.runtime.agents import load_function, load_tasks
@@ -140,9 +140,12 @@ def _fit(
     aux = first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
     log = MetricsLog(out) if is_first() else NoLog()
-    done = -1
+    done, behind = -1, []
     if (latest := checkpoints.latest()) is not None:
-        tree, host = checkpoints.restore(latest, checkpoint_tree(policies, arrays(producers, aux)))
+        ahead = min(config.max_staleness, config.iterations - latest) if latest else 0  # iterations whose rollouts were begun
+        kept = [weights(step, policies, sampling_at)] * ahead
+        tree, host = checkpoints.restore(latest, checkpoint_tree(policies, arrays(producers, aux), kept))
+        behind = tree.pop("behind", [])
         aux = host["evidence"] | tree.pop("evidence", {})
         policies, done = from_tree(policies, tree), int(host["iteration"])
     if isinstance(log, MetricsLog):
@@ -159,6 +162,7 @@ def _fit(
                     rollouts_per_task=config.rollouts_per_task,
                     updates_per_iteration=config.updates_per_iteration,
                     eval_every=config.eval_every,
+                    max_staleness=config.max_staleness,
                     train_roles=config.train_roles or None,
                     sampling=SamplingOverrides(temperature=config.temperature, top_p=1.0, top_k=0, max_tokens=config.max_tokens),
                 ),
@@ -177,7 +181,7 @@ def _fit(
                 on_rollout=progress.on_rollout,
                 on_iteration=progress.on_iteration,
             )
-            policies = train(run, policies, aux, done)
+            policies = train(run, policies, aux, done, behind)
     finally:
         checkpoints.close()
         log.close()
@@ -198,6 +202,12 @@ def check_config(config: FitConfig, recipe: Recipe) -> None:
             raise UserError("an engine samples from one policy, but --lora_per_role trains one for each role: leave one of the two out")
     if config.reference == "ema" and recipe.kl is None:
         raise UserError(f"recipe {recipe.name} has no KL term, so nothing would read the reference of --reference=ema: leave it off")
+    if config.max_staleness and (recipe.branches or RUN_AGENTS & set(recipe.needs)):
+        raise UserError(
+            f"recipe {recipe.name} runs agents while it learns, so nothing can be sampled meanwhile: leave --max_staleness at 0"
+        )
+    if config.max_staleness and jax.process_count() > 1:
+        raise UserError("sampling runs ahead of training in one process only: leave --max_staleness at 0, or start one")
     intermediate_rewards(config.intermediate)
     reload_requests(config.engine_reload)
     if config.context_length % SamplerSettings.chunk or config.context_length < 1:

@@ -5,6 +5,7 @@ collect ─► branch ─► table ─► pack ─► score ─► evidence ─�
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightningrl.ahead import SamplingJobs
 from lightningrl.batches import edge_batch
 from lightningrl.checkpoint import Checkpoints
-from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_time
+from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_staleness, describe_time
 from lightningrl.errors import UserError
 from lightningrl.evidence.branches import branch_requests, describe_branches, random_calls
 from lightningrl.evidence.critic import turn_values
@@ -46,6 +48,7 @@ class LoopSettings:
     rollouts_per_task: int
     updates_per_iteration: int
     eval_every: int
+    max_staleness: int  # policy versions that sampling may be ahead of training
     train_roles: tuple[str, ...] | None
     sampling: SamplingOverrides
 
@@ -71,36 +74,73 @@ class Run:
     on_iteration: Callable[[Mapping[str, Any]], None]
 
 
-def train(run: Run, policies: Policies, aux: dict[str, Any], done: int) -> Policies:
-    """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are; `aux` is the producers' state."""
-    sync(run, policies, max(done, 0))  # a resumed run samples from the weights it was stopped with
-    for iteration in range(done + 1, run.settings.iterations + 1):
-        clock = Clock()
-        metrics: dict[str, Any] = {}
-        if iteration > 0:
-            rollouts = collect(run, iteration, clock)
-            metrics |= describe_rollouts(rollouts)
-            branches = branch(run, iteration, rollouts, clock)
-            metrics |= describe_branches(rollouts, branches) if run.step.recipe.branches else {}
-            policies, aux, learned = learn(run, policies, aux, run.alter([*rollouts, *branches], iteration), iteration, clock)
-            metrics |= learned
-        with clock("sync"):
-            sync(run, policies, iteration)
-        if iteration % run.settings.eval_every == 0 or iteration == run.settings.iterations:
-            with clock("eval"):
-                metrics |= evaluate(run, iteration)
-        metrics |= describe_time(clock, metrics)
-        run.log.append(iteration, metrics)
-        host = {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration), "evidence": numbers(run.producers, aux)}
-        run.checkpoints.save(iteration, checkpoint_tree(policies, arrays(run.producers, aux)), host)
-        run.on_iteration({"iteration": iteration, **metrics})
+def train(run: Run, policies: Policies, aux: dict[str, Any], done: int, behind: Sequence[Mapping[str, Any]] = ()) -> Policies:
+    """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are.
+
+    Sampling runs `max_staleness` iterations ahead: the rollouts of iteration i are of the weights after i - 1 - max_staleness.
+
+    Args:
+      aux: the producers' state.
+      behind: weights that sample the iterations after `done` whose rollouts were begun before the run was stopped, in order.
+    """
+    s = run.settings
+    with SamplingJobs(beside=s.max_staleness > 0) as jobs:
+        begun = collections.deque((old, begin(run, jobs, done + 1 + i, old)) for i, old in enumerate(behind))
+        for iteration in range(done + 1, s.iterations + 1):
+            clock = Clock()
+            metrics: dict[str, Any] = {}
+            if iteration > 0:
+                for ahead in range(iteration + len(begun), min(iteration + s.max_staleness, s.iterations) + 1):
+                    now = snapshot(run, policies, clock)
+                    begun.append((now, begin(run, jobs, ahead, now)))
+                rollouts = begun.popleft()[1](clock)
+                metrics |= describe_rollouts(rollouts) | describe_staleness(rollouts, iteration - 1)
+                branches = branch(run, iteration, rollouts, clock)
+                metrics |= describe_branches(rollouts, branches) if run.step.recipe.branches else {}
+                policies, aux, learned = learn(run, policies, aux, run.alter([*rollouts, *branches], iteration), iteration, clock)
+                metrics |= learned
+            if iteration % s.eval_every == 0 or iteration == s.iterations:
+                now = snapshot(run, policies, clock)
+                with clock("eval"):
+                    metrics |= jobs.submit(functools.partial(evaluate, run, jobs, iteration, now))()
+            metrics |= describe_time(clock, metrics)
+            run.log.append(iteration, metrics)
+            host = {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration), "evidence": numbers(run.producers, aux)}
+            run.checkpoints.save(iteration, checkpoint_tree(policies, arrays(run.producers, aux), [old for old, _ in begun]), host)
+            run.on_iteration({"iteration": iteration, **metrics})
     return policies
 
 
-def sync(run: Run, policies: Policies, version: int) -> None:
-    """Hands the sampler the weights of every policy."""
-    by_role = weights(run.step, policies, run.sampling_at)
-    run.sampler.set_params(by_role.get(EVERY_ROLE, by_role), version)
+def snapshot(run: Run, policies: Policies, clock: Clock) -> dict[str, Any]:
+    """The weights of every policy as the sampler takes them."""
+    with clock("sync"):
+        return weights(run.step, policies, run.sampling_at)
+
+
+def sync(run: Run, jobs: SamplingJobs, by_role: Mapping[str, Any], version: int) -> None:
+    """Hands the sampler the weights after iteration `version`, if it has others."""
+    if jobs.version != version:
+        run.sampler.set_params(by_role.get(EVERY_ROLE, by_role), version)
+        jobs.version = version
+
+
+def begin(run: Run, jobs: SamplingJobs, iteration: int, by_role: Mapping[str, Any]) -> Callable[[Clock], list[Rollout]]:
+    """Has an iteration's rollouts sampled from some weights. What is returned waits for them, and adds up what they took."""
+
+    def job() -> tuple[list[Rollout], Clock]:
+        clock = Clock()
+        with clock("sync"):
+            sync(run, jobs, by_role, max(iteration - 1 - run.settings.max_staleness, 0))
+        return collect(run, iteration, clock), clock
+
+    wait = jobs.submit(job)
+
+    def result(clock: Clock) -> list[Rollout]:
+        rollouts, took = wait()
+        clock.add(took)
+        return rollouts
+
+    return result
 
 
 def collect(run: Run, iteration: int, clock: Clock) -> list[Rollout]:
@@ -162,7 +202,7 @@ def learn(
         updates, multiple = run.settings.updates_per_iteration, batch_multiple(run.step.mesh)
         whose, batches = pack_policies(policies, used, table, updates, run.rows, multiple)
     with clock("train"):
-        batches, scores = score_policies(run.step, policies, run.reference, whose, batches)
+        batches, scores = jax.block_until_ready(score_policies(run.step, policies, run.reference, whose, batches))
     with clock("evidence"):
         evidence, aux = gather_evidence(run, policies, aux, used, iteration)
     with clock("credit"):
@@ -175,7 +215,8 @@ def learn(
     with clock("train"):
         policies, metrics = update_policies(run.step, policies, whose, batches, edges)
         metrics = jax.device_get(metrics)
-    learned = {name: float(value) for name, value in metrics.items()} | describe_gap(batches, scores)
+    learned = {name: float(value) for name, value in metrics.items()}
+    learned |= {} if run.settings.max_staleness else describe_gap(batches, scores)  # of one policy on both sides
     learned["reuse_ratio"] = sum(b.row_tokens for b in batches) / sum(b.computed_tokens for b in batches)
     learned["trained_tokens"] = sum(b.computed_tokens for b in batches)
     learned["advantage_zero_fraction"] = float(np.mean(np.asarray(advantage)[table.valid] == 0))
@@ -212,8 +253,9 @@ def assign(recipe: Recipe, table: TransitionTable, evidence: Evidence) -> tuple[
     return recipe.advantage(table, credit, evidence), target
 
 
-def evaluate(run: Run, iteration: int) -> dict[str, float]:
-    """Greedy reward on tasks that are never trained on. A run that failed counts as 0 here, and is shown."""
+def evaluate(run: Run, jobs: SamplingJobs, iteration: int, by_role: Mapping[str, Any]) -> dict[str, float]:
+    """Greedy reward of some weights on tasks that are never trained on. A run that failed counts as 0 here, and is shown."""
+    sync(run, jobs, by_role, iteration)
     rewards = {}
     for name, tasks in run.heldout.items():
         requests = [RolloutRequest(f"{name}/{iteration}/{t.id}/0", t, f"{name}/{iteration}/{t.id}", 0) for t in tasks]
@@ -236,6 +278,6 @@ def tasks_seen(run: Run, iteration: int) -> int:
     return iteration * min(run.settings.tasks_per_iteration, len(run.tasks))
 
 
-def checkpoint_tree(policies: Policies, evidence: Mapping[str, Any]) -> dict[str, Any]:
-    """The policies and the producers' arrays as the plain tree that is checkpointed."""
-    return as_tree(policies) | ({"evidence": dict(evidence)} if evidence else {})
+def checkpoint_tree(policies: Policies, evidence: Mapping[str, Any], behind: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The policies, the producers' arrays and the weights that sample what was begun as the plain tree that is checkpointed."""
+    return as_tree(policies) | ({"evidence": dict(evidence)} if evidence else {}) | ({"behind": list(behind)} if behind else {})

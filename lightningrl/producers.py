@@ -172,6 +172,8 @@ def _potential(s: Sources) -> Producer:
     return Producer("potential", ("potential",), produce, _nothing, asks_outside=True)
 
 
+RUN_AGENTS = frozenset({"branch_value", "branch_count", "greedy_reward"})  # fields of Evidence whose producers run agents
+
 MAKERS: dict[tuple[str, ...], Callable[[Sources], Producer]] = {
     ("branch_value", "branch_count"): _branches,
     ("greedy_reward",): _greedy,

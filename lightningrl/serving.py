@@ -96,11 +96,13 @@ def place_of_agents(agent: Agent, config: FitConfig) -> contextlib.AbstractConte
 
 
 def corrected_recipe(config: FitConfig) -> Recipe:
-    """The recipe of that name; where another program samples, with a correction for what its log-probs differ from the trainer's."""
+    """The recipe of that name; where an older policy or another program samples, with a correction for the difference in log-probs."""
     recipe = get_recipe(config.recipe)
-    if config.engine is None or config.engine_correction == "none":
+    engine = config.engine is not None and config.engine_correction != "none"
+    if not engine and not config.max_staleness:
         return recipe
     corrected = with_correction(recipe)
     if corrected is not recipe and is_first():
-        print(f"recipe {recipe.name} with truncated importance sampling, since an engine samples; --engine_correction=none leaves it out")
+        why = "an engine samples; --engine_correction=none leaves it out" if engine else "an older policy samples"
+        print(f"recipe {recipe.name} with truncated importance sampling, since {why}")
     return corrected

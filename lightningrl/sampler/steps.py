@@ -169,9 +169,7 @@ def decode(
         def part(x: jax.Array, axis: int = 0) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, first, shape.group, axis)
 
-        own = KVCache(
-            keys=[part(x)[..., : shape.length] for x in cache.keys], values=[part(x)[:, :, : shape.length] for x in cache.values]
-        )
+        own = KVCache(keys=[part(x)[..., : shape.length] for x in cache.keys], values=[part(x)[:, :, : shape.length] for x in cache.values])
         s = jax.tree.map(lambda x: part(x, x.ndim - 1), state)
         own, burst = decode_group(params, config, own, s, steps=shape.steps, end_token=end_token)
         index = jnp.arange(shape.group)
@@ -182,9 +180,7 @@ def decode(
     return jax.lax.fori_loop(0, count, one, (cache, whole))
 
 
-def decode_group(
-    params: Params, config: ModelConfig, cache: KVCache, s: SlotState, *, steps: int, end_token: int
-) -> tuple[KVCache, Burst]:
+def decode_group(params: Params, config: ModelConfig, cache: KVCache, s: SlotState, *, steps: int, end_token: int) -> tuple[KVCache, Burst]:
     """Samples up to `steps` tokens for every active slot; a slot stops at `end_token` or after `max_tokens`, and all when none is left."""
     (slots,), length = s.token.shape, cache.values[0].shape[2]
     uniform = uniforms(s.key, s.generated + jnp.arange(steps)[:, None])
