@@ -19,6 +19,10 @@ TEST = [
     "openai-agents",
     "autogen-agentchat==0.7.5",
     "autogen-ext[openai]==0.7.5",
+    # The other implementation that weights are compared with, and what `transformers serve` needs to answer from them.
+    "torch",
+    "accelerate",
+    "fastapi",
     "hypothesis",
     "mypy",
     "pytest",

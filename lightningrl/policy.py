@@ -58,6 +58,7 @@ def export_policy(directory: Path, policy: Policy, *, dtype: Any = None, max_fil
     ids = _token_ids(policy)
     save_hf(directory, policy.params, policy.config, dtype=dtype, max_file_mb=max_file_mb, token_ids=ids)
     policy.tokenizer.save_pretrained(directory)
+    _name_as_before(directory / "tokenizer_config.json")
     (directory / GENERATION).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
 
 
@@ -121,6 +122,15 @@ def _end_ids(directory: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(int(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as a generation config ({error})") from error
+
+
+def _name_as_before(path: Path) -> None:
+    """Gives class and special tokens the names that `transformers` 4 knows; version 5 takes them too."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _token_ids(policy: Policy) -> dict[str, Any]:

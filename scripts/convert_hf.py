@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Turns a policy into a Hugging Face checkpoint, or a Hugging Face checkpoint into a policy.
 
 python scripts/convert_hf.py to-hf runs/mine/policy mine-hf --dtype bfloat16   # for transformers, vLLM and others
