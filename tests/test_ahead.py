@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import pathlib
 import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
+from typing import Any
 
 import pytest
 
 from lightningrl.ahead import SamplingJobs
+from lightningrl.errors import UserError
+from lightningrl.fit import CommandConfig, fit
+from lightningrl.metrics import without_timings
+from lightningrl.types import Rollout
+from tests.test_evidence_in_the_loop import TASKS, TINY, agent
 
 BOTH = pytest.mark.parametrize("beside", [False, True])
 
@@ -75,3 +83,33 @@ def test_a_block_that_is_left_by_an_exception_drops_what_was_not_begun() -> None
     release.set()
     wait()
     assert done == ["first"]
+
+
+@pytest.mark.slow
+def test_a_run_that_samples_ahead_is_repeatable_and_goes_on_where_it_was_stopped(tmp_path: pathlib.Path) -> None:
+    settings: dict[str, Any] = dict(TINY, cache=str(tmp_path / "cache"), rollouts_per_task=2, iterations=4, max_staleness=1)
+
+    def run(out: str, **changes: Any) -> list[dict[str, Any]]:
+        metrics = fit(agent, TASKS[:2], None, CommandConfig(out=str(tmp_path / out), **settings), **changes).metrics
+        return [without_timings(row) for row in metrics]
+
+    def stop(rollouts: Sequence[Rollout], iteration: int) -> Sequence[Rollout]:
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return rollouts
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", alter=stop)
+    metrics = run("stopped")
+    assert metrics == run("whole")
+    # The first two iterations are both sampled from the start.
+    assert [row["staleness_max"] for row in metrics[1:]] == [0, 1, 1, 1]
+    assert all(row["staleness_mean"] == row["staleness_max"] for row in metrics[1:])
+
+
+@pytest.mark.parametrize("recipe", ["vineppo", "remax"])
+def test_a_recipe_that_runs_agents_while_it_learns_cannot_sample_ahead(tmp_path: pathlib.Path, recipe: str) -> None:
+    config = CommandConfig(out=str(tmp_path / "out"), cache=str(tmp_path / "cache"), recipe=recipe, max_staleness=1, **TINY)
+    with pytest.raises(UserError, match=f"recipe {recipe} runs agents while it learns"):
+        fit(agent, TASKS, None, config)
+    assert not (tmp_path / "out").exists()
