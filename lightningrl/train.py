@@ -123,7 +123,7 @@ class TrainStep:
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
         params_at, abstract = params_sharding(config, mesh), shapes(config)
         opt_state_at = optimizer_sharding(optimizer, abstract, params_at, self._whole)
-        self._state_at = TrainState(params=params_at, opt_state=opt_state_at, step=self._whole)
+        self._state_at = TrainState(params=params_at, opt_state=opt_state_at, step=self._whole)  # type: ignore[arg-type]  # shardings
         self._score = jax.jit(lambda params, rows, edges: score_edges(params, config, rows, edges), out_shardings=self._whole)
         self._denominators = jax.jit(self._denominators_of)
         self._select = jax.jit(self._selection_of)
