@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lightningrl.gateway.calls import Call
+from lightningrl.gateway.conversations import fingerprints
 from lightningrl.gateway.errors import ApiError
 from lightningrl.gateway.protocol import FunctionCall, Message, NamedTool, Tool, ToolCall, ToolChoice
 from lightningrl.gateway.rendering import Renderer, as_ids
@@ -110,11 +111,12 @@ def converse(
 
     def on_done(call: Call) -> None:
         replies = [exchange(call).message(k) for k in range(len(call.choices))]
-        session.conversations.add(call, tools, replies)
+        session.conversations.add(call, said, replies)
 
     call = session.retried(request)
     if call is None:
-        prompt_ids, extends = session.conversations.prompt(request.messages, tools, renderer)
+        said = fingerprints(request.messages, tools)
+        prompt_ids, extends = session.conversations.prompt(request.messages, tools, said, renderer)
         if prefill:
             prompt_ids = np.concatenate([prompt_ids, as_ids(renderer.raw(prefill))])
         call = begin(session, sampler, request, prompt_ids, extends, on_done)
