@@ -72,18 +72,18 @@ class Exchange:
     async def finished(self, request: Request) -> None:
         """Waits for the call; raises its error. A client that hangs up meanwhile ends the call, unless a retry waits too."""
         self.call.waiters += 1
-        work = asyncio.ensure_future(self.call.finished())
         gone = asyncio.ensure_future(request.receive())
+        gone.add_done_callback(lambda _: self.call.announce())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            while self.call.state == "running" and not gone.done():
+                await self.call.wait()
+            if self.call.state == "running":
                 raise ApiError(499, "The client closed the connection.")
-            work.result()
+            await self.call.finished()
         except ApiError as error:
             _remember_if_retried(self.session, self.call.fingerprint, error)
             raise
         finally:
-            work.cancel()
             gone.cancel()
             self.leave()
 
