@@ -152,7 +152,10 @@ def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         kinds.setdefault(tuple(row[name] for name in names), []).append(row)
     return [
-        {**dict(zip(names, kind, strict=True)), **{name: statistics.median(row[name] for row in alike) for name in alike[0] if name not in names}}
+        {
+            **dict(zip(names, kind, strict=True)),
+            **{name: statistics.median(row[name] for row in alike) for name in alike[0] if name not in names},
+        }
         for kind, alike in kinds.items()
     ]
 
@@ -197,13 +200,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{PEER} is not measured: {problem}", flush=True)
     rows = []
     for k in range(given.rounds):
-        for row in (*one_round(environments, given.agents, given.share), *(() if k or given.no_model else with_model(given.agents, given.share))):
+        for row in (
+            *one_round(environments, given.agents, given.share),
+            *(() if k or given.no_model else with_model(given.agents, given.share)),
+        ):
             rows.append({"round": k, **row})
             print(show(row), flush=True)
     summary = medians([{name: value for name, value in row.items() if name != "round"} for row in rows])
     results = {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("uvicorn", "pydantic", "jax")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("uvicorn", "pydantic", "jax")},
+        },
         "peer": {"name": f"{PEER} 0.3.0's store server", "problem": problem},
         "rounds": rows,
         "results": summary,

@@ -27,11 +27,15 @@ SYSTEM = (
 
 
 def question(task: int) -> str:
-    return f"How many singers older than {task % 90} sang in a concert of the year {1950 + task // 90} in a stadium that holds {task} people?"
+    return (
+        f"How many singers older than {task % 90} sang in a concert of the year {1950 + task // 90} in a stadium that holds {task} people?"
+    )
 
 
 def observation(rollout: int, turn: int) -> str:
-    return f"The query returned {rollout} rows, the first of them ('Joe Sharp', {turn}, {rollout * 7}). Is that the answer? If not, write it."
+    return (
+        f"The query returned {rollout} rows, the first of them ('Joe Sharp', {turn}, {rollout * 7}). Is that the answer? If not, write it."
+    )
 
 
 @functools.cache
@@ -138,7 +142,11 @@ def call_attributes(number: int) -> Iterator[dict[str, Any]]:
         attributes: dict[str, Any] = {"gen_ai.request.model": "policy", "gen_ai.request.temperature": 1.0}
         for k, message in enumerate(messages):
             attributes[f"gen_ai.prompt.{k}.role"], attributes[f"gen_ai.prompt.{k}.content"] = message["role"], message["content"]
-        attributes |= {"gen_ai.completion.0.role": "assistant", "gen_ai.completion.0.content": REPLY, "gen_ai.completion.0.finish_reason": "stop"}
+        attributes |= {
+            "gen_ai.completion.0.role": "assistant",
+            "gen_ai.completion.0.content": REPLY,
+            "gen_ai.completion.0.finish_reason": "stop",
+        }
         yield {**attributes, "prompt_token_ids": ids, "response_token_ids": said}
         asked = observation(number, turn)
         messages = [*messages, {"role": "assistant", "content": REPLY}, {"role": "user", "content": asked}]
