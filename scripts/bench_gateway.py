@@ -2,16 +2,18 @@
 
     python scripts/bench_gateway.py --json bench_gateway.json
 
-A rollout is three chat calls that go on from each other and a posted reward (scripts/bench_gateway_agents.py). The gateway runs in a process
-of its own, in front of a policy that costs nothing or (`model`) of a random one of the quickstart's size; opening and closing its sessions count.
-agentlightning's store server gets the same rollouts in the same run, alternated, from an environment of its own that is made
-once (scripts/peers/agentlightning.txt, about 2 minutes); for it a call is a span that is stored. Medians of the rounds are reported.
+A rollout is three chat calls that go on from each other and a posted reward (scripts/bench_gateway_agents.py). The gateway runs in a
+process of its own, in front of a policy that costs nothing or (`model`) of a random one of the quickstart's size; opening and closing its
+sessions count. agentlightning's store server gets the same rollouts in the same run, alternated, from an environment of its own that
+is made once (scripts/peers/agentlightning.txt, about 2 minutes). For it a call is a span that is stored: `spans` as its own tracer
+stores them, a request each, `export` all of a rollout in one request, which its server can take too. Medians of the rounds are reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -30,7 +32,7 @@ import psutil
 import uvicorn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from bench_gateway_agents import TURNS, Run, make_tokenizer, play, record, run_agents  # noqa: E402
+from bench_gateway_agents import TURNS, Run, export, make_tokenizer, play, record, run_agents  # noqa: E402
 from make_goldens import environment  # noqa: E402
 
 SCRIPTS = pathlib.Path(__file__).resolve().parent
@@ -38,6 +40,7 @@ PEER = "agentlightning"
 ROLLOUTS = {1: 50, 100: 600, 1000: 2000}  # in a round, by how many agents run at once
 PEER_ROLLOUTS = {1: 20, 100: 200, 1000: 1000}
 MODEL_ROLLOUTS = {1: 8, 100: 100, 1000: 1000}
+LIBRARIES = ("uvicorn", "pydantic", "jax")
 CPU_MS, ROLLOUTS_PER_S, TIMES_PEER = 1.0, 200.0, 5.0  # the goals, at 1,000 agents with the policy that costs nothing
 
 
@@ -76,26 +79,26 @@ class Server:
         self._process.communicate()
 
 
-def measure(server: Server, run: Run, agents: int, numbers: range, *, opens: bool) -> dict[str, Any]:
-    """One row of results: `agents` at once run the rollouts `numbers`; sessions are opened and closed where the server has them."""
+def measure(server: Server, run: Run, agents: int, numbers: range) -> dict[str, Any]:
+    """One row of results: `agents` at once run the rollouts `numbers`. Opening and closing them counts."""
     cpu, own, started = server.cpu_seconds, time.process_time(), time.perf_counter()
-    keys = server.tell(f"open {len(numbers)}") if opens else [""] * len(numbers)
+    keys = server.tell(f"open {len(numbers)}")
     with asyncio.Runner(loop_factory=uvicorn.Config(run).get_loop_factory()) as runner:
         seconds = runner.run(run_agents(server.url, run, agents, numbers, keys))
     held = server.tell("close")
     wall, calls = time.perf_counter() - started, len(seconds)
-    expected = {"calls": calls, "continued": calls - len(numbers), "rewards": len(numbers)} if opens else held
-    if held != expected or calls != TURNS * len(numbers):
-        raise RuntimeError(f"{len(numbers)} rollouts were run, and the server recorded {held}")
     cpu = server.cpu_seconds - cpu
+    n = len(numbers)
+    if held not in ({"calls": calls, "continued": calls - n, "rewards": n}, {"rollouts": n, "spans": calls + n}) or calls != TURNS * n:
+        raise RuntimeError(f"{n} rollouts were run, and the server recorded {held}")
     return {
         "agents": agents,
-        "rollouts": len(numbers),
+        "rollouts": n,
         "server_cpu_ms_per_call": 1e3 * cpu / calls,
-        "server_cpu_ms_per_rollout": 1e3 * cpu / len(numbers),
+        "server_cpu_ms_per_rollout": 1e3 * cpu / n,
         "p50_ms": 1e3 * float(np.quantile(seconds, 0.5)),
         "p99_ms": 1e3 * float(np.quantile(seconds, 0.99)),
-        "rollouts_per_s": len(numbers) / wall,
+        "rollouts_per_s": n / wall,
         "memory_mib": server.process.memory_info().rss / 2**20,
         "agents_cpu_ms_per_call": 1e3 * (time.process_time() - own) / calls,
     }
@@ -116,56 +119,49 @@ def peer(environments: pathlib.Path) -> Server:
 
 def one_round(environments: pathlib.Path | None, sizes: Sequence[int], share: float) -> Iterator[dict[str, Any]]:
     """Both servers, fresh, and in turn for every number of agents."""
-    with ours("no-op") as gateway:
-        measure(gateway, play, 1, range(20), opens=True)
-        store = peer(environments) if environments else None
-        try:
-            if store:
-                measure(store, record, 1, range(5), opens=False)
-            for agents in sizes:
-                rollouts = range(scaled(ROLLOUTS[agents], share))
-                yield {"server": "gateway", "policy": "no-op", **measure(gateway, play, agents, rollouts, opens=True)}
-                if store:
-                    rollouts = range(scaled(PEER_ROLLOUTS[agents], share))
-                    yield {"server": PEER, "policy": "none", **measure(store, record, agents, rollouts, opens=False)}
-        finally:
-            if store:
-                store.__exit__()
+    with contextlib.ExitStack() as running:
+        gateway = running.enter_context(ours("no-op"))
+        ways = [(gateway, "gateway", "no-op", play, ROLLOUTS)]
+        if environments:
+            store = running.enter_context(peer(environments))
+            ways += [(store, PEER, "spans", record, PEER_ROLLOUTS), (store, PEER, "export", export, PEER_ROLLOUTS)]
+        for server, _, _, run, _ in ways:
+            measure(server, run, 1, range(5))
+        for agents in sizes:
+            for server, name, way, run, rollouts in ways:
+                yield {"server": name, "way": way, **measure(server, run, agents, scaled(rollouts[agents], share))}
 
 
 def with_model(sizes: Sequence[int], share: float) -> Iterator[dict[str, Any]]:
     with ours("model") as gateway:
-        measure(gateway, play, 32, range(32), opens=True)  # compiles
+        measure(gateway, play, 32, range(32))  # compiles
         for agents in sizes:
-            rollouts = range(scaled(MODEL_ROLLOUTS[agents], share))
-            yield {"server": "gateway", "policy": "model", **measure(gateway, play, agents, rollouts, opens=True)}
+            yield {"server": "gateway", "way": "model", **measure(gateway, play, agents, scaled(MODEL_ROLLOUTS[agents], share))}
 
 
-def scaled(rollouts: int, share: float) -> int:
-    return max(2, round(rollouts * share))
+def scaled(rollouts: int, share: float) -> range:
+    return range(max(2, round(rollouts * share)))
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for every server, policy and number of agents."""
-    names = ("server", "policy", "agents", "rollouts")
+    """One row for every server, way and number of agents."""
+    names = ("server", "way", "agents", "rollouts")
     kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(tuple(row[name] for name in names), []).append(row)
+    measured = [name for name in rows[0] if name not in (*names, "round")]
     return [
-        {
-            **dict(zip(names, kind, strict=True)),
-            **{name: statistics.median(row[name] for row in alike) for name in alike[0] if name not in names},
-        }
+        dict(zip(names, kind, strict=True)) | {name: statistics.median(row[name] for row in alike) for name in measured}
         for kind, alike in kinds.items()
     ]
 
 
 def goals(rows: Sequence[dict[str, Any]], agents: int) -> Iterator[dict[str, Any]]:
-    """A goal that could not be measured has no value and is not met."""
-    at = {row["server"]: row for row in rows if row["agents"] == agents and row["policy"] != "model"}
-    gateway, store = at["gateway"], at.get(PEER)
-    cpu, speed = gateway["server_cpu_ms_per_call"], gateway["rollouts_per_s"]
-    times = speed / store["rollouts_per_s"] if store else None
+    """The peer is taken at its faster way. A goal that could not be measured has no value and is not met."""
+    at = {row["way"]: row for row in rows if row["agents"] == agents}
+    cpu, speed = at["no-op"]["server_cpu_ms_per_call"], at["no-op"]["rollouts_per_s"]
+    theirs = [at[way]["rollouts_per_s"] for way in ("spans", "export") if way in at]
+    times = speed / max(theirs) if theirs else None
     yield {"name": f"server CPU a call at {agents} agents, ms", "value": cpu, "goal": CPU_MS, "met": cpu <= CPU_MS}
     yield {"name": f"rollouts/s at {agents} agents", "value": speed, "goal": ROLLOUTS_PER_S, "met": speed >= ROLLOUTS_PER_S}
     name = f"times {PEER}'s rollouts/s at {agents} agents"
@@ -174,7 +170,7 @@ def goals(rows: Sequence[dict[str, Any]], agents: int) -> Iterator[dict[str, Any
 
 def show(row: dict[str, Any]) -> str:
     return (
-        f"{row['server']:>14} {row['policy']:>5} {row['agents']:5} agents  {row['server_cpu_ms_per_call']:7.3f} ms CPU a call  "
+        f"{row['server']:>14} {row['way']:>6} {row['agents']:5} agents  {row['server_cpu_ms_per_call']:7.3f} ms CPU a call  "
         f"p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  {row['rollouts_per_s']:7.1f} rollouts/s  {row['memory_mib']:5.0f} MiB"
     )
 

@@ -1,8 +1,8 @@
 """The agents of bench_gateway.py: scripted, and over bare sockets, so that they cost a small part of what a server does.
 
-An agent opens one connection and runs rollouts over it, one after the other: a question, TURNS calls whose messages each go on from the
-last, and a reward. `record` stores the same rollout with agentlightning's store server: its start, a span for each call with its messages and token
-ids, a span for the reward, its end.
+An agent opens one connection and runs rollouts over it, one after the other: a question, TURNS calls whose messages each go on from
+the last, and a reward. `record` and `export` store the same rollout with agentlightning's store server: its start, a span for each call
+with its messages and token ids, a span for the reward, its end.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import pathlib
+import sys
 import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from lightningrl.tokenizer import train_tokenizer
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "peers"))
+import otlp  # noqa: E402
 
 TURNS, MAX_TOKENS, GROUP = 3, 8, 8
 REPLY = "SELECT name FROM singer"  # of the policy that costs nothing
@@ -116,21 +121,42 @@ async def play(connection: Connection, number: int, key: str) -> list[float]:
 
 
 async def record(connection: Connection, number: int, key: str) -> list[float]:
-    """The same rollout with agentlightning's store, in the fewest requests that its runner and its client's spans come to."""
-    asked = json.dumps({"input": {"question": question(number // GROUP)}, "mode": "train"}).encode()
-    begun = json.loads(await connection.post("/v1/agl/rollouts", asked))
-    rollout, attempt = begun["rollout_id"], begun["attempt"]["attempt_id"]
+    """The same rollout with agentlightning's store, as its runner and tracer store it: a request for every span."""
+    rollout, attempt = await start(connection, number)
     seconds = []
-    for turn, attributes in enumerate(call_attributes(number)):
-        body = json.dumps(span(rollout, attempt, turn + 1, "openai.chat.completion", attributes)).encode()
+    for k, (name, attributes) in enumerate(spans(number)):
+        body = json.dumps(span(rollout, attempt, k + 1, name, attributes)).encode()
         started = time.perf_counter()
         await connection.post("/v1/agl/spans", body)
         seconds.append(time.perf_counter() - started)
-    reward = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": 1.0}
-    body = json.dumps(span(rollout, attempt, TURNS + 1, "agentlightning.annotation", reward)).encode()
-    await connection.post("/v1/agl/spans", body)
     await connection.post(f"/v1/agl/rollouts/{rollout}/attempts/{attempt}", b'{"status": "succeeded"}')
-    return seconds
+    return seconds[:TURNS]
+
+
+async def export(connection: Connection, number: int, key: str) -> list[float]:
+    """The same in the fewest requests that its server can take: all spans at the end, in one OpenTelemetry export."""
+    rollout, attempt = await start(connection, number)
+    resource = {"agentlightning.rollout_id": rollout, "agentlightning.attempt_id": attempt}
+    body = otlp.export_request(resource, [(name, k + 1, attributes) for k, (name, attributes) in enumerate(spans(number))])
+    started = time.perf_counter()
+    await connection.post("/v1/traces", body, content=otlp.CONTENT_TYPE)
+    seconds = time.perf_counter() - started
+    await connection.post(f"/v1/agl/rollouts/{rollout}/attempts/{attempt}", b'{"status": "succeeded"}')
+    return [seconds] * TURNS
+
+
+async def start(connection: Connection, number: int) -> tuple[str, str]:
+    """The ids of a new rollout and of its attempt."""
+    asked = json.dumps({"input": {"question": question(number // GROUP)}, "mode": "train"}).encode()
+    begun = json.loads(await connection.post("/v1/agl/rollouts", asked))
+    return begun["rollout_id"], begun["attempt"]["attempt_id"]
+
+
+def spans(number: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and attributes of a rollout's spans, the reward's last."""
+    for attributes in call_attributes(number):
+        yield "openai.chat.completion", attributes
+    yield "agentlightning.annotation", {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": 1.0}
 
 
 def call_attributes(number: int) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
     PYTHON scripts/peers/agentlightning_store.py PORT
 
-As `agl store --port PORT` does it: an in-memory store behind one uvicorn in one process, without metrics or debug messages. On a line on
-standard input it says how many rollouts and spans it holds; it ends with its input.
+As `agl store --port PORT` does it: an in-memory store behind one uvicorn in one process, without metrics or debug messages. It obeys lines
+on standard input: `open N` prints N empty keys, `close` how many rollouts and spans came since the last line. It ends with its input.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ from agentlightning.store.client_server import LightningStoreServer  # noqa: E40
 from agentlightning.store.memory import InMemoryLightningStore  # noqa: E402
 
 
+async def held(store: InMemoryLightningStore) -> dict[str, int]:
+    statistics = await store.statistics()
+    return {"rollouts": statistics["total_rollouts"], "spans": statistics["total_spans"]}
+
+
 async def main(port: int) -> None:
     agentlightning.setup_logging("ERROR")
     store = InMemoryLightningStore(thread_safe=True)
     server = LightningStoreServer(store, host="127.0.0.1", port=port, launch_mode="asyncio")
     await server.start()
     print(json.dumps({"url": server.endpoint}), flush=True)
-    while await asyncio.to_thread(sys.stdin.readline):
-        held = await store.statistics()
-        print(json.dumps({"rollouts": held.get("total_rollouts"), "spans": held.get("total_spans")}), flush=True)
+    before = await held(store)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        command, *number = line.split()
+        if command == "open":
+            answer: object = [""] * int(number[0])
+        else:
+            now = await held(store)
+            answer, before = {name: now[name] - before[name] for name in now}, now
+        print(json.dumps(answer), flush=True)
     await server.stop()
 
 
