@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
 
 import numpy as np
 
 from lightningrl.gateway.errors import ApiError
-from lightningrl.gateway.protocol import Message
 from lightningrl.types import Completion, Sampler, SamplingParams
 
 State = Literal["running", "done", "failed"]
@@ -59,18 +58,17 @@ class Call:
     fingerprint: bytes
     attempt: int
     role: str
-    messages: Sequence[Message]
     sent: tuple[Mapping[str, Any], ...]
     prompt_ids: np.ndarray
     extends: tuple[Call, int] | None
     params: SamplingParams
     created: int
     choices: list[Choice]
-    on_end: Callable[[Call], None]
+    on_end: Callable[[Call], None] | None  # until it has been called: a rollout's calls are kept, and with them all that they hold
     state: State = "running"
     error: ApiError | None = None
     waiters: int = 0
-    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    changed: asyncio.Event | None = None  # while somebody waits for it
 
     @property
     def id(self) -> str:
@@ -109,6 +107,7 @@ class Call:
     async def wait(self) -> None:
         """Until something new has happened; raises the call's error."""
         if self.state == "running":
+            self.changed = self.changed or asyncio.Event()
             await self.changed.wait()
         if self.error is not None:
             raise self.error
@@ -122,7 +121,7 @@ class Call:
     def _push(self, choice: Choice, ids: list[int]) -> None:
         if self.state == "running" and choice.completion is None:
             choice.seen.extend(ids)
-            self._announce()
+            self.announce()
 
     def _finish(self, choice: Choice, future: Future[Completion]) -> None:
         if self.state != "running":
@@ -135,20 +134,24 @@ class Call:
         completion = future.result()
         if completion.finish_reason == "cancelled":
             return self.fail(ApiError(503, "The sampler dropped this request."))
-        choice.completion = completion
+        choice.completion, choice.future = completion, None
         choice.seen = np.asarray(completion.token_ids).tolist()
         if all(other.completion is not None for other in self.choices):
             self._end("done")
 
     def _end(self, state: State) -> None:
         self.state = state
+        on_end, self.on_end = self.on_end, None
+        assert on_end is not None
         try:
-            self.on_end(self)
+            on_end(self)
         except Exception as problem:  # whoever waits must hear of it
             self.state, self.error = "failed", ApiError(500, f"The gateway failed: {type(problem).__name__}: {problem}")
             logging.getLogger(__name__).exception("a finished call could not be recorded")
-        self._announce()
+        self.announce()
 
-    def _announce(self) -> None:
-        self.changed.set()
-        self.changed = asyncio.Event()
+    def announce(self) -> None:
+        """Wakes everybody who waits."""
+        if self.changed is not None:
+            self.changed.set()
+            self.changed = None

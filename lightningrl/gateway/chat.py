@@ -20,7 +20,7 @@ from lightningrl.gateway.tool_calls import Reply
 
 async def chat_completions(service: Service, request: Request) -> Response:
     session = service.session(request)
-    body = await request.body()
+    body = await service.body(request)
     fields, raw = parse_body(body, ChatRequest)
     if fields.response_format and fields.response_format.get("type") != "text":
         session.note("response_format is not enforced: the policy writes what it writes")

@@ -21,7 +21,7 @@ from lightningrl.gateway.sessions import Incoming, Session
 
 async def completions(service: Service, request: Request) -> Response:
     session = service.session(request)
-    body = await request.body()
+    body = await service.body(request)
     fields, raw = parse_body(body, CompletionRequest)
     incoming = Incoming(
         fields=fields,

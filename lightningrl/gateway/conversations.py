@@ -27,23 +27,26 @@ class Conversations:
         self._turns: dict[bytes, tuple[Call, int]] = {}
         self._texts: list[tuple[str, Call, int]] = []
 
-    def add(self, call: Call, tools: Sequence[Tool], replies: Sequence[Message]) -> None:
-        """Records a finished call with the assistant's message of each of its choices."""
-        start = _fingerprints(call.messages, tools)[-1]
+    def add(self, call: Call, said: Sequence[bytes], replies: Sequence[Message]) -> None:
+        """Records a finished call, what was `said` to it (`fingerprints`), and the assistant's message of each of its choices."""
         for choice, reply in enumerate(replies):
             # Some clients drop the words beside tool calls.
             forms = [reply, reply.model_copy(update={"content": None})] if reply.tool_calls else [reply]
             for form in forms:
-                key = _extend(start, form)
+                key = _extend(said[-1], form)
                 # Of equal turns the one that arrived first is kept, whichever finished first.
                 if key not in self._turns or self._turns[key][0].arrival > call.arrival:
                     self._turns[key] = (call, choice)
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool], renderer: Renderer) -> tuple[np.ndarray, tuple[Call, int] | None]:
-        """Prompt ids int32 [p] of a request, and the (call, choice) they extend: that of the longest match, or None."""
-        prefixes = _fingerprints(messages, tools)
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool], said: Sequence[bytes], renderer: Renderer
+    ) -> tuple[np.ndarray, tuple[Call, int] | None]:
+        """Prompt ids int32 [p] of a request, and the (call, choice) they extend: that of the longest match, or None.
+
+        `said` is the `fingerprints` of `messages` and `tools`.
+        """
         for length in range(len(messages), 0, -1):
-            earlier = self._turns.get(prefixes[length])
+            earlier = self._turns.get(said[length])
             if earlier is None:
                 continue
             call, choice = earlier
@@ -80,19 +83,27 @@ def _ended(response: np.ndarray, end_id: int) -> bool:
     return bool(len(response)) and int(response[-1]) == end_id
 
 
-def _fingerprints(messages: Iterable[Message], tools: Sequence[Tool]) -> list[bytes]:
-    # Entry k stands for the tools and the first k messages.
-    definitions = [tool.function.model_dump(exclude_none=True) for tool in tools]
-    prints = [hashlib.blake2b(_canonical(definitions), digest_size=16).digest()]
+def fingerprints(messages: Iterable[Message], tools: Sequence[Tool]) -> list[bytes]:
+    """Entry k stands for the tools and what the first k messages say."""
+    definitions = _canonical([tool.function.model_dump(exclude_none=True) for tool in tools]) if tools else b""
+    prints = [_digest(definitions)]
     for message in messages:
         prints.append(_extend(prints[-1], message))
     return prints
 
 
 def _extend(prefix: bytes, message: Message) -> bytes:
-    calls = [(call.function.name, parsed_arguments(call.function.arguments)) for call in message.tool_calls or ()]
     text = message.text.strip() if message.role == "assistant" else message.text
-    return hashlib.blake2b(prefix + _canonical([message.speaker, text, calls]), digest_size=16).digest()
+    # The length says where the text ends, so no text can pass for another one with calls.
+    said = f"{message.speaker} {len(text)} {text}".encode()
+    if not message.tool_calls:
+        return _digest(prefix + said)
+    calls = [(call.function.name, parsed_arguments(call.function.arguments)) for call in message.tool_calls]
+    return _digest(prefix + said + _canonical(calls))
+
+
+def _digest(said: bytes) -> bytes:
+    return hashlib.blake2b(said, digest_size=16).digest()
 
 
 def _canonical(value: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 from lightningrl.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# JSON writes a surrogate as an escape or, against its rules, in UTF-8 or as one of the encodings that have zero bytes.
+_MAY_HOLD_A_SURROGATE = re.compile(rb"\\u[dD]|\xed|\x00")
 
 
 class GatewayError(UserError):
@@ -47,7 +51,7 @@ def parse_body(body: bytes, model: type[Model]) -> tuple[Model, dict[str, Any]]:
         raw = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The request body is not JSON: {error}.", code="invalid_json") from None
-    if not is_unicode(raw):
+    if _MAY_HOLD_A_SURROGATE.search(body) and not is_unicode(raw):
         message = "The request body holds half of a surrogate pair, which is no character."
         raise ApiError(400, message, code="invalid_json")
     if not isinstance(raw, dict):

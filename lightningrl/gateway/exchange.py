@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lightningrl.gateway.calls import Call
+from lightningrl.gateway.conversations import fingerprints
 from lightningrl.gateway.errors import ApiError
 from lightningrl.gateway.protocol import FunctionCall, Message, NamedTool, Tool, ToolCall, ToolChoice
 from lightningrl.gateway.rendering import Renderer, as_ids
@@ -71,18 +72,18 @@ class Exchange:
     async def finished(self, request: Request) -> None:
         """Waits for the call; raises its error. A client that hangs up meanwhile ends the call, unless a retry waits too."""
         self.call.waiters += 1
-        work = asyncio.ensure_future(self.call.finished())
         gone = asyncio.ensure_future(request.receive())
+        gone.add_done_callback(lambda _: self.call.announce())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            while self.call.state == "running" and not gone.done():
+                await self.call.wait()
+            if self.call.state == "running":
                 raise ApiError(499, "The client closed the connection.")
-            work.result()
+            await self.call.finished()
         except ApiError as error:
             _remember_if_retried(self.session, self.call.fingerprint, error)
             raise
         finally:
-            work.cancel()
             gone.cancel()
             self.leave()
 
@@ -110,11 +111,12 @@ def converse(
 
     def on_done(call: Call) -> None:
         replies = [exchange(call).message(k) for k in range(len(call.choices))]
-        session.conversations.add(call, tools, replies)
+        session.conversations.add(call, said, replies)
 
     call = session.retried(request)
     if call is None:
-        prompt_ids, extends = session.conversations.prompt(request.messages, tools, renderer)
+        said = fingerprints(request.messages, tools)
+        prompt_ids, extends = session.conversations.prompt(request.messages, tools, said, renderer)
         if prefill:
             prompt_ids = np.concatenate([prompt_ids, as_ids(renderer.raw(prefill))])
         call = begin(session, sampler, request, prompt_ids, extends, on_done)

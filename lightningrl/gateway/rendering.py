@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightningrl.gateway.errors import GatewayError, is_unicode
 from lightningrl.gateway.protocol import Message, Tool
@@ -28,7 +29,8 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
             raise GatewayError("the tokenizer has no chat template: set tokenizer.chat_template, as train_tokenizer does")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._names = tokenizer, dict(tokenizer.special_tokens_map)
+        self._templates = {offered: tokenizer.get_chat_template(tools=[{}] if offered else None) for offered in (False, True)}
         self.end: str = tokenizer.eos_token
         self.end_id: int = tokenizer.eos_token_id
         self.vocabulary = len(tokenizer)
@@ -42,6 +44,10 @@ class Renderer:
         plain = Tokenizer.from_str(json.dumps(state))
         self._encode_text = functools.lru_cache(maxsize=8192)(lambda text: plain.encode(text, add_special_tokens=False).ids)
         self.token_bytes = functools.lru_cache(maxsize=None)(self._token_bytes)
+        # The runs of a group start with one prompt and often see the same results; a template that asks for the date may change.
+        dated = any("strftime_now" in template for template in self._templates.values())
+        remembered = functools.lru_cache(maxsize=0 if dated else 512)
+        self._prompt, self._continuation = remembered(self._new_prompt), remembered(self._new_continuation)
         self._base = self._template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], None, False)
         end_of_turn = self._base.rfind(self.end)
         if end_of_turn < self._base.rfind("!"):
@@ -51,21 +57,29 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Token ids of a whole conversation, ready for the assistant's turn."""
         written = [_entry(message) for message in messages], [tool.model_dump(exclude_none=True) for tool in tools]
-        entries, definitions, sentinel = self._shield(*written)
-        return self._encode(self._template(entries, definitions or None, True), sentinel)
+        return self._prompt(json.dumps(written)).tolist()
+
+    def _new_prompt(self, written: str) -> np.ndarray:
+        entries, definitions, sentinel = self._shield(*json.loads(written))
+        return as_ids(self._encode(self._template(entries, definitions or None, True), sentinel))
 
     def continuation(self, messages: Sequence[Message], *, ended: bool) -> list[int] | None:
         """Token ids that follow an assistant's turn: its end unless it `ended`, `messages`, the opening of the next turn.
 
         None where the template writes what follows a turn differently depending on what comes later.
         """
-        entries, _, sentinel = self._shield([_entry(message) for message in messages], [])
+        new = self._continuation(json.dumps([_entry(message) for message in messages]))
+        if new is None:
+            return None
+        return new.tolist() if ended else [self.end_id, *new.tolist()]
+
+    def _new_continuation(self, written: str) -> np.ndarray | None:
+        entries, _, sentinel = self._shield(json.loads(written), [])
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         text = self._template([*before, *entries], None, True)
         if not text.startswith(self._base):
             return None
-        new = self._encode(self._after_turn + text[len(self._base) :], sentinel)
-        return new if ended else [self.end_id, *new]
+        return as_ids(self._encode(self._after_turn + text[len(self._base) :], sentinel))
 
     def raw(self, text: str) -> list[int]:
         """Token ids of a text whose writer renders conversations himself: here markers are tokens."""
@@ -87,8 +101,11 @@ class Renderer:
             return token.encode()
         return bytes(_BYTES[character] for character in token)
 
-    def _template(self, entries: list[dict[str, Any]], tools: list[dict[str, Any]] | None, open_turn: bool) -> str:
-        return self._tokenizer.apply_chat_template(entries, tools=tools, tokenize=False, add_generation_prompt=open_turn)
+    def _template(self, entries: list[dict[str, Any]], tools: list[Any] | None, open_turn: bool) -> str:
+        # What tokenizer.apply_chat_template does with entries that are plain JSON, without the conversions of others.
+        template = self._templates[bool(tools)]
+        rendered = render_jinja_template([entries], tools, chat_template=template, add_generation_prompt=open_turn, **self._names)
+        return rendered[0][0]
 
     def _encode(self, text: str, sentinel: str | None) -> list[int]:
         ids: list[int] = []

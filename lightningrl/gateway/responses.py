@@ -30,7 +30,7 @@ from lightningrl.gateway.sessions import Incoming
 
 async def responses(service: Service, request: Request) -> Response:
     session = service.session(request)
-    body = await request.body()
+    body = await service.body(request)
     fields, raw = parse_body(body, ResponsesRequest)
     if (fields.text or {}).get("format", {}).get("type", "text") != "text":
         session.note("text.format is not enforced: the policy writes what it writes")

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from lightningrl.gateway.chat import chat_completions
 from lightningrl.gateway.completions import completions
+from lightningrl.gateway.direct import Direct
 from lightningrl.gateway.errors import ApiError, GatewayError, parse_body
 from lightningrl.gateway.protocol import RewardRequest
 from lightningrl.gateway.rendering import Renderer
@@ -68,6 +69,7 @@ class Gateway:
             application(self._service),
             log_level="warning",
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=1,
@@ -163,26 +165,26 @@ def listen(settings: GatewaySettings) -> socket.socket:
     return listener
 
 
-def application(service: Service, more: Sequence[Route] = ()) -> Starlette:
+def application(service: Service, more: Sequence[Route] = ()) -> Direct:
     def bound(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             return await endpoint(service, request)
 
         return handle
 
-    return Starlette(
+    often = {"/v1/chat/completions": chat_completions, "/v1/completions": completions, "/v1/responses": responses, "/v1/reward": _reward}
+    application = Starlette(
         routes=[
-            Route("/v1/chat/completions", bound(chat_completions), methods=["POST"]),
-            Route("/v1/completions", bound(completions), methods=["POST"]),
-            Route("/v1/responses", bound(responses), methods=["POST"]),
+            *(Route(path, bound(endpoint), methods=["POST"]) for path, endpoint in often.items()),
             Route("/v1/models", bound(_models), methods=["GET"]),
             Route("/v1/models/{model:path}", bound(_model), methods=["GET"]),
-            Route("/v1/reward", bound(_reward), methods=["POST"]),
             Route("/healthz", bound(_health), methods=["GET"]),
             *more,
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected},
     )
+    handlers = {("POST", path): bound(endpoint) for path, endpoint in often.items()}
+    return Direct(handlers, application, _api_error, _unexpected)
 
 
 async def _models(service: Service, request: Request) -> Response:
@@ -203,7 +205,7 @@ def _model_card(model: str) -> dict[str, Any]:
 
 async def _reward(service: Service, request: Request) -> Response:
     session = service.session(request)
-    posted, _ = parse_body(await request.body(), RewardRequest)
+    posted, _ = parse_body(await service.body(request), RewardRequest)
     reward = posted.reward
     session.reward = dict(reward) if isinstance(reward, dict) else {"reward": reward}
     return service.json({"object": "reward", "reward": session.reward})

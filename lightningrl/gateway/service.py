@@ -37,6 +37,17 @@ class Service:
             )
         return session
 
+    async def body(self, request: Request) -> bytes:
+        """The request's whole body, which mostly comes in one piece; raises `ApiError` if the client hangs up before."""
+        pieces = []
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(499, "The client closed the connection.")
+            pieces.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return b"".join(pieces)
+
     def role(self, request: Request, model: str) -> str:
         """The role that a model name carries (as `policy:writer`, with `/` or `-` too), else the header's; raises 404."""
         base = self.settings.model
@@ -58,7 +69,7 @@ class Service:
 
     def fingerprint(self, request: Request, body: bytes) -> bytes:
         role = request.headers.get(ROLE_HEADER, "")
-        return hashlib.blake2b(f"{request.url.path} {role} ".encode() + body, digest_size=16).digest()
+        return hashlib.blake2b(f"{request.scope['path']} {role} ".encode() + body, digest_size=16).digest()
 
     def json(self, value: dict[str, Any]) -> Response:
         return Response(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), media_type="application/json")

@@ -161,7 +161,6 @@ class Session:
             fingerprint=request.fingerprint,
             attempt=request.attempt,
             role=request.role,
-            messages=request.messages,
             sent=request.sent,
             prompt_ids=prompt_ids,
             extends=extends,

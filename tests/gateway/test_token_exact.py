@@ -215,6 +215,33 @@ def test_a_new_conversation_is_what_the_chat_template_gives(tokenizer: Any) -> N
     assert ids == tokenizer.encode(expected)
 
 
+@pytest.mark.parametrize("tools", ([], [SEARCH]), ids=("no tools", "tools"))
+def test_a_template_for_tools_is_used_where_there_are_tools(tokenizer: Any, tools: list[Any]) -> None:
+    """And calls in the history are rendered as the library renders them, arguments of every JSON type included."""
+    two = copy.deepcopy(tokenizer)
+    two.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template + "{{ tools | length }}"}
+    arguments = {"query": "é", "page": 1, "near": [0.5, None, True], "more": {"a": {}}}
+    call = {"type": "function", "function": {"name": "search", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "nothing"}]
+    expected = two.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+    renderer, asked = Renderer(two), [Message.model_validate(m) for m in messages]
+    offered = [Tool.model_validate(tool) for tool in tools]
+    ids = renderer.prompt(asked, offered)
+    assert ids == tokenizer.encode(expected)
+    ids.append(0)
+    assert renderer.prompt(asked, offered) == ids[:-1]  # what is remembered is nobody's to change
+
+
+def test_a_template_that_asks_for_the_date_is_asked_each_time(tokenizer: Any) -> None:
+    dated, today = copy.deepcopy(tokenizer), iter(("1 May", "2 May"))
+    dated.chat_template = "{{ strftime_now('%d')[:0] }}" + tokenizer.chat_template
+    renderer = Renderer(dated)
+    rendered: list[Any] = []
+    renderer._template = lambda entries, tools, open_turn: rendered.append(next(today)) or rendered[-1]  # type: ignore[method-assign]
+    assert renderer.prompt([Message(role="user", content="hi")], []) == tokenizer.encode("1 May")
+    assert renderer.prompt([Message(role="user", content="hi")], []) == tokenizer.encode("2 May")
+
+
 def test_any_byte_level_tokenizer_with_a_chat_template_will_do(tokenizer: Any) -> None:
     qwen = copy.deepcopy(tokenizer)
     qwen.chat_template = (
