@@ -86,6 +86,7 @@ class FitConfig:
     imitation_learning_rate: float = setting(4e-3, "AdamW's learning rate in the warm start")
     data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters", free=True)
     fsdp: int = setting(1, "devices that a batch and the parameters are split over", free=True)
+    remat: Literal["none", "layers", "dots"] = setting("none", "what gradients compute again instead of keeping it in memory")
     tensor_parallel: int = setting(1, "devices that every layer is split over", free=True)
     coordinator: str | None = setting(
         None, "HOST:PORT of process 0, in a run of several processes; auto: as Slurm, Open MPI, Kubernetes or a TPU pod say", free=True

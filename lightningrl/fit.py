@@ -58,6 +58,7 @@ class Fitted:
     policy: Policy  # what is in OUT/policy; of policies of roles, their base
     metrics: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
     out: Path
+    compiled: int  # programs of the train step that were compiled: one for every shape of a micro-batch, to score and to add up
     by_role: Mapping[str, Policy] = dataclasses.field(default_factory=dict)  # with lora_per_role, each one's adapter merged
 
 
@@ -128,6 +129,7 @@ def _fit(
         lora=lora,
         compute_dtype=jnp.dtype(config.compute_dtype),
         ema_decay=config.ema_decay if config.reference == "ema" else None,
+        remat=config.remat,
     )
     anchored = recipe.kl is not None and config.reference == "start"
     start = step.placed(policy.params) if anchored else policy.params
@@ -190,7 +192,7 @@ def _fit(
         plot_rewards(read_metrics(out), out / "reward.png")
     wait_for_all("the run is over")
     by_role = {role: dataclasses.replace(policy, params=merged(step, policies[role])) for role in roles}
-    return Fitted(trained, tuple(read_metrics(out)), out, by_role)
+    return Fitted(trained, tuple(read_metrics(out)), out, step.compiled, by_role)
 
 
 def check_config(config: FitConfig, recipe: Recipe) -> None:
@@ -288,7 +290,7 @@ def main() -> None:
     first, last = fitted.metrics[0], fitted.metrics[-1]
     print(
         f"held-out reward {first['heldout_reward']:.3f} -> {last['heldout_reward']:.3f} on {len(heldout)} tasks, "
-        f"{time.time() - started:.0f} s; policy in {fitted.out / 'policy'}"
+        f"{time.time() - started:.0f} s; {fitted.compiled} programs compiled; policy in {fitted.out / 'policy'}"
     )
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
 from lightningrl.model.config import ModelConfig
+from lightningrl.model.decoder import Remat
 from lightningrl.model.lora import Adapter, LoraSettings, adapter_shapes, adapter_sharding, merge
 from lightningrl.model.params import Params, shapes
 from lightningrl.model.token_scores import token_scores
@@ -90,9 +91,9 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     )
 
 
-def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTable) -> Scores:
+def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTable, *, remat: Remat = "none") -> Scores:
     """Log-prob, entropy and value of every edge, read at its node. Log-softmax in float32 of logits / τ."""
-    hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end)
+    hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end, remat=remat)
     at_nodes = hidden.reshape(-1, hidden.shape[-1])[edges.node]  # [E, D]: logits of action tokens only
     logp, entropy, sum_pi2 = token_scores(params, config, at_nodes, edges.token, edges.temperature)
     return Scores(logp=logp, entropy=entropy, value=decoder.values(params, at_nodes), sum_pi2=sum_pi2)
@@ -124,6 +125,7 @@ class TrainStep:
         Log-softmax, losses, the statistics of norms and softmax, sums of gradients and the optimizer stay float32.
       ema_decay: d in [0, 1): after every update, reference ← d·reference + (1 - d)·trained, the anchor of the KL term in WARP
         (arXiv 2406.16768, its first stage); it starts as what is trained does. None keeps no such reference.
+      remat: what gradients compute again instead of keeping it, see `decoder.forward`.
     """
 
     def __init__(
@@ -137,9 +139,11 @@ class TrainStep:
         lora: LoraSettings | None = None,
         compute_dtype: Any = None,
         ema_decay: float | None = None,
+        remat: Remat = "none",
     ) -> None:
         self.config, self.recipe, self.optimizer, self.mesh, self.seed = config, recipe, optimizer, mesh, seed
         self.lora, self.compute_dtype, self.ema_decay = lora, compute_dtype, ema_decay
+        self._forward: dict[str, Any] = {} if remat == "none" else {"remat": remat}
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
         self._params_at = params_sharding(config, mesh)
         self._trained_at = self._params_at if lora is None else adapter_sharding(self._params_at, config, lora)
@@ -218,6 +222,16 @@ class TrainStep:
         after, metrics = self._apply(state if base is None else dataclasses.replace(state, params={}), *total)
         return after if base is None else dataclasses.replace(after, params=base), local(metrics)
 
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far to score and to add up gradients: one each for every shape of a micro-batch."""
+        return sum(function._cache_size() for function in (self._score, self._accumulate))  # type: ignore[attr-defined]
+
+    def memory(self, state: TrainState, rows: Rows, edges: EdgeBatch) -> Any:
+        """XLA's memory analysis of adding up the gradients of one micro-batch; `edges` are [micro-batches, E]."""
+        batch = (*self._trained(state), *self._micro_batch(0, rows, edges), self._denominators(edges))
+        return self._accumulate.lower(self._nothing(batch), *batch).compile().memory_analysis()
+
     def _micro_batch(self, i: int, rows: Rows, edges: Any) -> tuple[Rows, Any]:
         """The i-th micro-batch where its arrays belong."""
         edges = jax.tree.map(lambda x: x[i], edges)
@@ -257,7 +271,7 @@ class TrainStep:
         self, trained: Params | Adapter, base: Params | None, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]
     ) -> tuple[jax.Array, Metrics]:
         r, tokens, counts = self.recipe, edges.tokens, edges.counts
-        scores = score_edges(self._weights_of(trained, base), self.config, rows, tokens)
+        scores = score_edges(self._weights_of(trained, base), self.config, rows, tokens, **self._forward)
         inputs = loss_inputs(scores, edges)
         loss, keep, metrics = r.loss(inputs) if r.select is None else r.loss(inputs, selected=edges.selected)
         pairs = {

@@ -98,8 +98,7 @@ class Ours:
     def bytes(self) -> int:
         """Arguments and temporaries of the compiled gradient of the largest micro-batch, from its memory analysis."""
         rows = max(self.packed.rows, key=lambda r: r.tokens.size)
-        batch = self.step.example_batch(self.state, rows, self.edges)
-        analysis = self.step.lower_gradient(batch).compile().memory_analysis()
+        analysis = self.step.memory(self.state, rows, self.edges)
         return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes)
 
 
@@ -110,13 +109,8 @@ class Peer:
         c = config_of(hidden)
         shape = {"hidden": hidden, "layers": c.num_layers, "heads": c.num_heads, "kv_heads": c.num_kv_heads}
         shape |= {"intermediate": c.intermediate_size, "vocab": VOCAB, "threads": THREADS}
-        line = [
-            str(python),
-            str(ROOT / "scripts" / "peers" / "train.py"),
-            str(CALLS),
-            f"--kind={kind}",
-            *(f"--{k}={v}" for k, v in shape.items()),
-        ]
+        program = [str(python), str(ROOT / "scripts" / "peers" / "train.py"), str(CALLS), f"--kind={kind}"]
+        line = [*program, *(f"--{name}={value}" for name, value in shape.items())]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.ready = self.answer()
         self.peak_bytes = 0
@@ -167,23 +161,16 @@ def measure(hidden: int, rollouts: list[Rollout], python: pathlib.Path | None) -
         for name, runner in runners.items():
             times[name].append(runner.seconds())
     useful = ours["trie"].packed.row_tokens
-    result: dict[str, Any] = {
-        "hidden": hidden,
-        "layers": SHAPES[hidden][0],
-        "useful_tokens": useful,
-        "reuse_ratio": ours["trie"].packed.reuse_ratio,
-    }
+    result: dict[str, Any] = {"hidden": hidden, "layers": SHAPES[hidden][0], "useful_tokens": useful}
+    result["reuse_ratio"] = ours["trie"].packed.reuse_ratio
     for name, runner in runners.items():
         seconds = statistics.median(times[name])
         result[name] = {"seconds": seconds, "all_seconds": times[name], "useful_tokens_per_second": useful / seconds}
         if isinstance(runner, Ours):
             result[name] |= {"flops": runner.flops(), "flops_per_second": runner.flops() / seconds, "bytes": runner.bytes()}
         else:
-            result[name] |= {
-                "process_peak_bytes": runner.peak_bytes,
-                "setting": runner.ready["ready"],
-                "tried": runner.ready["tried_seconds"],
-            }
+            result[name] |= {"process_peak_bytes": runner.peak_bytes, "setting": runner.ready["ready"]}
+            result[name] |= {"tried_seconds": runner.ready["tried_seconds"]}
             runner.close()
     return result
 
@@ -211,9 +198,7 @@ def goals_of(results: dict[int, dict[str, Any]], peak: float) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, required=True, help="where the numbers go")
-    parser.add_argument(
-        "--python", type=pathlib.Path, help="an interpreter with torch and TRL; none: an environment is made in build/goldens"
-    )
+    parser.add_argument("--python", type=pathlib.Path, help="an interpreter with torch and TRL; none: one is made in build/")
     parser.add_argument("--no_peers", action="store_true", help="measure only our own")
     parser.add_argument("--hidden", type=int, nargs="*", choices=list(SHAPES), default=list(SHAPES), help="hidden sizes")
     arguments = parser.parse_args()

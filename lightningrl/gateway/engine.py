@@ -11,13 +11,13 @@ from typing import Any
 
 import uvicorn
 from pydantic import BaseModel
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from lightningrl.errors import UserError
 from lightningrl.gateway.calls import Call
+from lightningrl.gateway.direct import Direct
 from lightningrl.gateway.errors import ApiError, parse_body
 from lightningrl.gateway.rendering import Renderer
 from lightningrl.gateway.server import application, listen
@@ -60,7 +60,7 @@ class OneRequest(Session):
         return super().start(request, *arguments, **named)
 
 
-def engine_application(service: EngineService, reload: Reload) -> Starlette:
+def engine_application(service: EngineService, reload: Reload) -> Direct:
     """The gateway's endpoints, and `POST /admin/reload {"folder": …, "version": …}` under the same key."""
     one_at_a_time = threading.Lock()
 

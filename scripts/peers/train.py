@@ -49,9 +49,8 @@ class Torch:
         self.model, self.optimizer = model, torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
         prompts, responses = rows(batch)
         self.count = sum(map(len, responses))
-        self.batches = [
-            self._packed(x) if packed else self._padded(x) for x in micro_batches(prompts, responses, batch["advantage"], tokens)
-        ]
+        cut = micro_batches(prompts, responses, batch["advantage"], tokens)
+        self.batches = [self._packed(x) if packed else self._padded(x) for x in cut]
 
     def _padded(self, rows: list) -> dict:
         longest = max(len(p) + len(r) for p, r, _ in rows)
