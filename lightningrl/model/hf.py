@@ -67,7 +67,7 @@ def load_arrays(directory: Path, config: ModelConfig, sources: Params, *, dtype:
                 made[str(index)] = assemble(parts, info.shape, index, to, read)
             return made[str(index)]
 
-        array = jax.make_array_from_callback(info.shape, sharding, shard)
+        array = jax.make_array_from_callback(info.shape, sharding, shard, dtype=to)
         return jax.block_until_ready(array)  # else buffers of arrays on their way to a device would pile up
 
     infos = shapes(config)
