@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lightningrl.errors import UserError
-from lightningrl.runtime.rollout_bytes import decode, encode
+from lightningrl.rollout_bytes import decode, encode
 from lightningrl.types import Rollout
 
 AUTO = "auto"  # the coordinator of a cluster that JAX knows by itself

@@ -25,7 +25,7 @@ from lightningrl.loop import checkpoint_tree
 from lightningrl.metrics import read_metrics, without_timings
 from lightningrl.model.params import init_params
 from lightningrl.policy import load_policy
-from lightningrl.runtime.rollout_bytes import decode, encode
+from lightningrl.rollout_bytes import decode, encode
 from lightningrl.runtime.store import Store
 from tests import two_processes
 from tests.two_processes import RECORDED, SHAPE, five_updates, step_on
