@@ -16,9 +16,9 @@ PACKAGE = ROOT / "lightningrl"
 # A module, or everything under a folder, imports only what stands before it. `errors`, `metrics` and `flags` are edges that any
 # storey may use; they know nothing of the rest.
 ORDER = (
-    "errors types metrics flags rollout_bytes distributed tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages losses recipe "
-    "recipes packing model scaling sharding train batches sampler evidence checkpoint policy gateway runtime tasks warm_start lab manifest "
-    "progress config start describe producers loop fit show"
+    "errors types metrics flags rollout_bytes distributed tokenizer table tabulate tabulate_tree segments ratio normalize "
+    "credit advantages losses recipe recipes packing model scaling sharding train batches sampler evidence checkpoint policy "
+    "gateway runtime tasks warm_start lab manifest progress config start describe producers loop fit show"
 ).split()
 HOST_ONLY = ("errors", "types", "metrics", "flags", "rollout_bytes", "tokenizer", "gateway", "runtime", "tasks")
 
