@@ -25,7 +25,7 @@ from lightningrl.table import Array
 MASKED = -1e30  # finite: a query that sees nothing of its first blocks must not compute ∞ − ∞
 
 
-def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, block: int = 128) -> jax.Array:
+def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, block: int = 64) -> jax.Array:
     """softmax(q kᵀ / √d) v over the keys that each token of a trie sees.
 
     Args:

@@ -74,7 +74,9 @@ def forward(
       tokens: int32 [B, T]; positions: int32 [B, T], depth in the trie; end: int32 [B, T], see `attention.tree_mask`.
       attention: an implementation of `attention.attend_tree` or a function; None: that of `choose_attention`.
       remat: what a gradient computes again instead of keeping it. "none": keeps all; "layers": keeps each layer's input and
-        computes the layer again; "dots": keeps the results of the products with parameters, too.
+        computes the layer again; "dots": keeps the results of the products with parameters, too. XLA's CPU compiler computes all
+        layers again at once, and memory hardly falls, unless it is compiled with the option
+        xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED.
 
     Returns:
       float [B, T, D]. Padding's are finite and mean nothing.

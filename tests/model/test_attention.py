@@ -117,6 +117,6 @@ def test_a_function_is_an_implementation_and_another_name_is_not() -> None:
 
 
 def test_the_rule_takes_the_kernel_on_a_gpu_and_blocks_for_long_rows() -> None:
-    assert {t: choose_attention(t, "cpu") for t in (1, 256, 1024, 8192)} == {1: "dense", 256: "dense", 1024: "blocks", 8192: "blocks"}
+    assert {t: choose_attention(t, "cpu") for t in (1, 256, 512, 8192)} == {1: "dense", 256: "dense", 512: "blocks", 8192: "blocks"}
     assert choose_attention(256, "gpu") == choose_attention(8192, "gpu") == "pallas"
     assert choose_attention(8192, "tpu") == "blocks"

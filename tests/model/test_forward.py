@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
     value_head=True,
 )
 # XLA's CPU compiler orders work for concurrency and would compute all layers again at once: memory falls where it orders for memory.
-FOR_MEMORY = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+FOR_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @functools.cache
