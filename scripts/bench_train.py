@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -103,13 +104,13 @@ class Ours:
 
 
 class Peer:
-    """A process of scripts/peers/train.py, which waits between its steps."""
+    """A process of scripts/peers/train_peer.py, which waits between its steps."""
 
-    def __init__(self, python: pathlib.Path, kind: str, hidden: int) -> None:
+    def __init__(self, python: pathlib.Path, way: str, hidden: int, batch: pathlib.Path) -> None:
         c = config_of(hidden)
         shape = {"hidden": hidden, "layers": c.num_layers, "heads": c.num_heads, "kv_heads": c.num_kv_heads}
         shape |= {"intermediate": c.intermediate_size, "vocab": VOCAB, "threads": THREADS}
-        program = [str(python), str(ROOT / "scripts" / "peers" / "train.py"), str(CALLS), f"--kind={kind}"]
+        program = [str(python), str(ROOT / "scripts" / "peers" / "train_peer.py"), way, str(batch), "--tied"]
         line = [*program, *(f"--{name}={value}" for name, value in shape.items())]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.ready = self.answer()
@@ -120,20 +121,38 @@ class Peer:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        sys.exit(f"the peer ended with status {self.process.wait()}: run scripts/peers/train.py by hand to see why")
+        sys.exit(f"the peer ended with status {self.process.wait()}: run scripts/peers/train_peer.py by hand to see why")
 
     def seconds(self) -> float:
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
+        self.process.stdin.write("step 1\n")
         self.process.stdin.flush()
         said = self.answer()
-        self.peak_bytes = said["peak_bytes"]
+        self.peak_bytes = said["peak_memory"]
         return said["seconds"]
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def peers_batch(rollouts: list[Rollout], directory: pathlib.Path) -> pathlib.Path:
+    """The same calls and advantages as the peers read them: padded on the right."""
+    transitions = [t for r in rollouts for t in r.transitions]
+
+    def padded(sequences: list[np.ndarray]) -> np.ndarray:
+        rows = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+        for row, ids in zip(rows, sequences, strict=True):
+            row[: len(ids)] = ids
+        return rows
+
+    prompts, responses = [t.prompt_ids for t in transitions], [t.response_ids for t in transitions]
+    lengths = {"prompt_length": np.array([*map(len, prompts)]), "response_length": np.array([*map(len, responses)])}
+    with np.load(CALLS) as file:
+        rest = {"advantage": file["advantage"], "group": file["task"].astype(np.int64)}
+    np.savez(directory / "batch.npz", prompt_ids=padded(prompts), response_ids=padded(responses), **lengths, **rest)
+    return directory / "batch.npz"
 
 
 def matmul_peak() -> float:
@@ -150,9 +169,9 @@ def matmul_peak() -> float:
     return best
 
 
-def measure(hidden: int, rollouts: list[Rollout], python: pathlib.Path | None) -> dict[str, Any]:
+def measure(hidden: int, rollouts: list[Rollout], python: pathlib.Path | None, batch: pathlib.Path) -> dict[str, Any]:
     ours = {"trie": Ours(hidden, rollouts, share=True), "rows": Ours(hidden, rollouts, share=False)}
-    peers = {kind: Peer(python, kind, hidden) for kind in ("torch", "trl")} if python else {}
+    peers = {way: Peer(python, way, hidden, batch) for way in ("torch", "trl")} if python else {}
     runners: dict[str, Any] = {**ours, **peers}
     for one in ours.values():
         one.seconds()  # compiles
@@ -169,8 +188,8 @@ def measure(hidden: int, rollouts: list[Rollout], python: pathlib.Path | None) -
         if isinstance(runner, Ours):
             result[name] |= {"flops": runner.flops(), "flops_per_second": runner.flops() / seconds, "bytes": runner.bytes()}
         else:
-            result[name] |= {"process_peak_bytes": runner.peak_bytes, "setting": runner.ready["ready"]}
-            result[name] |= {"tried_seconds": runner.ready["tried_seconds"]}
+            result[name] |= {"peak_bytes_beyond_libraries": runner.peak_bytes, "setting": runner.ready["ready"]}
+            result[name] |= {"tried_seconds": runner.ready["tried"]}
             runner.close()
     return result
 
@@ -210,7 +229,9 @@ def main() -> None:
         python = arguments.python or environment(ROOT / "build" / "goldens", "verl.txt")
     rollouts = recorded()
     peak = matmul_peak()
-    results = {hidden: measure(hidden, rollouts, python if hidden < 1024 else None) for hidden in arguments.hidden}
+    with tempfile.TemporaryDirectory() as directory:
+        batch = peers_batch(rollouts, pathlib.Path(directory))
+        results = {hidden: measure(hidden, rollouts, python if hidden < 1024 else None, batch) for hidden in arguments.hidden}
     goals = goals_of(results, peak)
     machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version(), "jax": jax.__version__}
     said = {"machine": machine, "matmul_peak_flops_per_second": peak, "results": list(results.values()), "goals": goals}

@@ -134,9 +134,7 @@ def packed(model: LlamaForCausalLM, batch: Batch, row: Sequence[int]) -> Micro:
     return scored(model, batch, row, {"input_ids": ids, "position_ids": positions, "attention_mask": mask}, starts)
 
 
-def scored(
-    model: LlamaForCausalLM, batch: Batch, piece: Sequence[int], inputs: dict[str, torch.Tensor], starts: Sequence[int]
-) -> Micro:
+def scored(model: LlamaForCausalLM, batch: Batch, piece: Sequence[int], inputs: dict[str, torch.Tensor], starts: Sequence[int]) -> Micro:
     """The clipped loss; logits are computed where a response's token is predicted, and nowhere else."""
     targets = torch.cat([batch.pairs[k][1] for k in piece])
     before = [start + len(batch.pairs[k][0]) - 1 for k, start in zip(piece, starts, strict=True)]
