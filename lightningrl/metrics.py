@@ -10,14 +10,27 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 REWARD_CURVES = {"train_reward": "training tasks", "heldout_reward": "held-out tasks", "unseen_reward": "unseen databases"}
 TIMING_SUFFIXES = ("_seconds", "_per_second")
+
+
+def summary_writer(directory: pathlib.Path) -> Any:
+    """What writes TensorBoard events. tensorboardX imports torch where it finds it, which takes seconds and which nothing here needs."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # what Python takes for a module that is not there
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(directory))
 
 
 class MetricsLog:
@@ -27,7 +40,7 @@ class MetricsLog:
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.path = self.directory / "metrics.jsonl"
-        self._events: SummaryWriter | None = None
+        self._events: Any = None  # a SummaryWriter, from the first line on
         self._rewrite(self.read())
 
     def append(self, iteration: int, fields: Mapping[str, Any]) -> None:
@@ -70,7 +83,7 @@ class MetricsLog:
 
     def _mirror(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if self._events is None:
-            self._events = SummaryWriter(str(self.directory))
+            self._events = summary_writer(self.directory)
         for row in rows:
             for name, value in row.items():
                 if name != "iteration" and isinstance(value, int | float) and not isinstance(value, bool):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-PRELOAD = ["lightningrl.fit", "transformers.tokenization_utils_tokenizers", "orbax.checkpoint", "matplotlib.pyplot", "tensorboardX"]
+PRELOAD = ["lightningrl.fit", "transformers.tokenization_utils_tokenizers", "orbax.checkpoint", "matplotlib.pyplot"]
 
 
 class Forked:

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "lightningrl"
 # A module, or everything under a folder, imports only what stands before it. `errors`, `metrics` and `flags` are edges that any
 # storey may use; they know nothing of the rest.
 ORDER = (
-    "errors types rollout_bytes metrics flags tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages losses "
-    "recipe recipes packing model sharding scaling distributed train batches sampler evidence checkpoint policy policies gateway runtime tasks "
-    "warm_start lab manifest progress config start describe producers serving ahead loop fit show"
+    "errors types rollout_bytes metrics flags tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages "
+    "losses recipe recipes packing model sharding scaling distributed train batches sampler evidence checkpoint policy policies "
+    "gateway runtime tasks warm_start lab manifest progress config start describe producers serving ahead loop fit show"
 ).split()
 HOST_ONLY = ("errors", "types", "rollout_bytes", "metrics", "flags", "tokenizer", "gateway", "runtime", "tasks")
 

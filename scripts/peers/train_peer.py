@@ -1,18 +1,23 @@
-"""The peers of scripts/bench_train.py: an update of the same policy on the same batch, in torch. Needs the environment of scripts/goldens/verl.txt.
+"""The peers of scripts/bench_train.py: an update of the same policy on the same batch, in torch.
+
+Needs the environment of scripts/goldens/verl.txt.
 
     PYTHON scripts/peers/train_peer.py trl|torch BATCH.npz --hidden 512 --layers 4 --heads 8 --vocab 1024
 
-`trl` is the step of TRL's GRPO trainer: its loss on given completions, padded as its trainer pads them. `torch` is plain transformers in the
-faster of two packings: rows of several transitions whose attention does not cross, or transitions sorted by length and padded. Both: float32, forward,
-backward, gradients scaled to norm 1, AdamW. A few sizes of micro-batches are tried before the start, and the fastest is kept.
+`trl` is the step of TRL's GRPO trainer: its loss on given completions, padded as its trainer pads them. `torch` is plain
+transformers in the faster of two packings: rows of several transitions whose attention does not cross, or transitions sorted
+by length and padded. Both: float32, forward, backward, gradients scaled to norm 1, AdamW. A few sizes of micro-batches are
+tried before the start, and the fastest is kept.
 
-BATCH.npz has, for N transitions: `prompt_ids` [N, P] and `response_ids` [N, R], integers, padded on the right; `prompt_length` and
-`response_length` [N]; `advantage` [N], float32; `group` [N], integers, which a loss of given advantages has no use for. The policy samples
-with temperature 1, and the update is its first on these rollouts, so that every importance ratio is 1.
+BATCH.npz has, for N transitions: `prompt_ids` [N, P] and `response_ids` [N, R], integers, padded on the right;
+`prompt_length` and `response_length` [N]; `advantage` [N], float32; `group` [N], integers, which a loss of given advantages
+has no use for. The policy samples with temperature 1, and the update is its first on these rollouts, so that every
+importance ratio is 1.
 
-It prints one line of JSON when it is ready: the setting it chose, and loss and norm of the gradient at the start, for comparison. Then for every line
-`step N` on standard input it makes N updates and prints {"useful_tokens", "seconds", "peak_memory"}: sampled tokens a step, median
-seconds of a step, and the most bytes that were resident beyond those of the imported libraries.
+It prints one line of JSON when it is ready: the setting it chose, and loss and norm of the gradient at the start, for
+comparison. Then for every line `step N` on standard input it makes N updates and prints {"useful_tokens", "seconds",
+"peak_memory"}: sampled tokens a step, median seconds of a step, and the most bytes that were resident beyond those of the
+imported libraries.
 """
 
 from __future__ import annotations
@@ -85,7 +90,7 @@ def plain(model: LlamaForCausalLM, batch: Batch) -> Iterator[tuple[str, list[Mic
     order = sorted(range(len(batch.pairs)), key=batch.length)
     longest = batch.length(order[-1])
     for tokens in MICRO_TOKENS:
-        pieces = list(split(order, lambda chosen: len(chosen) * batch.length(chosen[-1]) <= tokens))
+        pieces = list(split(order, lambda chosen, tokens=tokens: len(chosen) * batch.length(chosen[-1]) <= tokens))
         yield f"sorted, padded, {tokens} tokens", [padded(model, batch, piece) for piece in pieces]
         capacity = max(tokens, longest)
         if capacity <= 4096:  # the mask is a square
