@@ -179,6 +179,7 @@ def application(service: Service, more: Sequence[Route] = ()) -> Direct:
             Route("/v1/models", bound(_models), methods=["GET"]),
             Route("/v1/models/{model:path}", bound(_model), methods=["GET"]),
             Route("/healthz", bound(_health), methods=["GET"]),
+            Route("/metrics", bound(_metrics), methods=["GET"]),
             *more,
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected},
@@ -213,6 +214,14 @@ async def _reward(service: Service, request: Request) -> Response:
 
 async def _health(service: Service, request: Request) -> Response:
     return service.json({"status": "ok", "queue": service.sampler.queue_length})
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    """Prometheus' text exposition format: what the sampler counts, where it does, and the rollouts that have a key."""
+    sampler_text = getattr(service.sampler, "metrics_text", str)()
+    name = "lightningrl_gateway_open_rollouts"
+    own = f"# HELP {name} Rollouts that have a key.\n# TYPE {name} gauge\n{name} {len(service.sessions)}\n"
+    return Response(sampler_text + own, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

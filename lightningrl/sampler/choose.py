@@ -27,7 +27,7 @@ def uniforms(key: Array, index: Array) -> jax.Array:
     def one(word: jax.Array, i: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(word), i))
 
-    return jax.vmap(jax.vmap(one), in_axes=(None, 0))(words, index)
+    return jax.vmap(jax.vmap(one), in_axes=(None, 0))(words, jnp.asarray(index))
 
 
 def truncate(logits: jax.Array, top_p: Array, top_k: Array) -> jax.Array:

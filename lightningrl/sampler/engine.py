@@ -30,19 +30,19 @@ from lightningrl.sampler.steps import Plan, TurnShape, turn
 from lightningrl.sharding import cache_sharding
 from lightningrl.types import Completion, FinishReason, SamplingParams
 
-SHORTEST = 64  # cache positions that decoding looks at, at least, where their number follows the load
+SHORTEST = 256  # cache positions that decoding looks at, at least, where their number follows the load
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
     slots: int = 32  # conversations decoded at once
     context_length: int = 256  # prompt and response together, at most
-    group: int = 8  # slots decoded together; on a GPU, as many as there are slots
+    group: int = 4  # slots decoded together; on a GPU, as many as there are slots
     chunk: int = 16  # tokens of a piece of a prompt, and of a block of the prefix cache
     prefill_rows: int = 4  # pieces read together
     prefill_runs: int = 8  # times that in a turn, at most: who decodes waits no longer for who reads
     steps: int = 8  # tokens decoded in a turn
-    prefix_cache_mb: int = 64  # 0: every prompt is read anew
+    prefix_cache_mb: float = 64  # 0: every prompt is read anew
     deterministic: bool = True  # a request gets the same bits whatever else is running; if not, shapes follow the load
 
 
@@ -77,7 +77,7 @@ class PolicySampler:
         )
         self._slots = Slots(self._shape.slots, s.slots)
         dtype = params["embedding"].dtype
-        self._prefixes = PrefixCache(s.prefix_cache_mb * 2**20 // cache_bytes(config, s.chunk, dtype.itemsize), s.chunk)
+        self._prefixes = PrefixCache(int(s.prefix_cache_mb * 2**20 / cache_bytes(config, s.chunk, dtype.itemsize)), s.chunk)
 
         def zeros(slots: int, length: int) -> KVCache:
             at = None if mesh is None else cache_sharding(config, mesh, slots)
@@ -195,20 +195,25 @@ class PolicySampler:
         self._admit()
         if not self._slots.in_use():
             return self._answer()
-        flat = np.zeros(Plan.size(self._shape), np.int32)
-        plan = Plan.of(flat, self._shape)
-        self.counts.cached_tokens += plan_reading(self._slots, self._prefixes, self._shape, plan, self._prefixes.blocks)
+        reading = Plan.empty(self._shape)
+        self.counts.cached_tokens += plan_reading(self._slots, self._prefixes, self._shape, reading, self._prefixes.blocks)
         active = self._slots.activate()
-        groups = sorted({slot // self._shape.group for slot, _ in active})
-        plan.groups[: len(groups)], plan.counts[3] = groups, len(groups)
-        plan.integers[:], plan.floats[:] = self._slots.integers, self._slots.floats.view(np.int32)
+        shape = self._shape if self.settings.deterministic else shape_for(self._shape, active)
+        groups = np.array(sorted({slot // shape.group for slot, _ in active}), np.int32)
+        reading.counts[3] = len(groups)
+        plan = dataclasses.replace(
+            reading,
+            groups=np.pad(groups, (0, shape.slots // shape.group - len(groups))),
+            integers=self._slots.integers,
+            floats=self._slots.floats.view(np.int32),
+        )
         self._cache, self._pool, burst, top = turn(
             self._params,
             self._cache,
             self._pool,
-            flat,
+            plan.flat(),
             config=self._config,
-            shape=self._shape,
+            shape=shape,
             end_token=self._tokenizer.eos_token_id,
         )
         self._answer()
@@ -232,17 +237,18 @@ class PolicySampler:
                 self._release(slot)
         free = self._slots.free()
         with self._wake:
-            while self._waiting and (free or self._waiting[0].future.cancelled()):
-                request = self._waiting.popleft()
-                if request.future.cancelled():
-                    self._in_flight -= 1
-                    self.counts.cancelled += 1
-                    continue
-                self._slots.requests[free.pop(0)] = request
-                request.node = self._prefixes.root if self._prefixes.blocks else None
-                self.counts.requests += 1
-                self.counts.prompt_tokens += request.to_read
-                self.counts.queue_seconds += time.perf_counter() - request.arrived
+            wanted = collections.deque(r for r in self._waiting if not r.future.cancelled())
+            gone = len(self._waiting) - len(wanted)
+            self._in_flight -= gone
+            self.counts.cancelled += gone
+            admitted = [wanted.popleft() for _ in range(min(len(free), len(wanted)))]
+            self._waiting = wanted
+        for slot, request in zip(free, admitted, strict=False):
+            self._slots.requests[slot] = request
+            request.node = self._prefixes.root if self._prefixes.blocks else None
+            self.counts.requests += 1
+            self.counts.prompt_tokens += request.to_read
+            self.counts.queue_seconds += time.perf_counter() - request.arrived
 
     def _collect(
         self, active: Sequence[tuple[int, Request]], tokens: np.ndarray, logprobs: np.ndarray, top: tuple[jax.Array, jax.Array]
@@ -284,3 +290,14 @@ class PolicySampler:
             self.counts.completed += 1
         with self._wake:
             self._in_flight -= 1
+
+
+def shape_for(shape: TurnShape, active: Sequence[tuple[int, Request]]) -> TurnShape:
+    """A turn's shape that follows the load: one slot alone is decoded alone, and no more of the cache is looked at than is filled,
+    rounded up to a power of two. A request's last bits then depend on what else is running.
+    """
+    needed = max((len(r.prompt) + len(r.tokens) for _, r in active), default=0) + shape.steps
+    length = SHORTEST
+    while length < min(needed, shape.length):
+        length *= 2
+    return dataclasses.replace(shape, group=1 if len(active) == 1 else shape.group, length=min(length, shape.length))

@@ -67,7 +67,8 @@ def plan_reading(slots: Slots, prefixes: PrefixCache, shape: TurnShape, plan: Pl
       scratch: the block that is written where none is to be kept.
     """
     prefixes.next_turn()
-    cached = _take_known(slots, prefixes, plan.before, plan.counts[0:1], shape.chunk)
+    counts, pieces = np.asarray(plan.counts), np.asarray(plan.pieces)  # views
+    counts[0], cached = _take_known(slots, prefixes, np.asarray(plan.before), shape.chunk)
     count = 0
     for slot, request in slots.taken():
         while request.read < request.to_read and count < shape.pieces:
@@ -77,30 +78,30 @@ def plan_reading(slots: Slots, prefixes: PrefixCache, shape: TurnShape, plan: Pl
                     break
                 request.node = prefixes.insert(request.node, piece)
                 block = scratch if request.node is None else request.node.block
-            plan.pieces[count, :3] = slot, request.read, block
-            plan.pieces[count, 3 : 3 + len(piece)] = piece
+            pieces[count, :3] = slot, request.read, block
+            pieces[count, 3 : 3 + len(piece)] = piece
             request.read += len(piece)
             count += 1
-    plan.pieces[count:, 0], plan.pieces[count:, 2] = shape.slots, scratch
-    plan.counts[1] = -(-count // shape.rows)
-    cached += _take_known(slots, prefixes, plan.after, plan.counts[2:3], shape.chunk)
+    pieces[count:, 0], pieces[count:, 2] = shape.slots, scratch
+    counts[1] = -(-count // shape.rows)
+    counts[2], more = _take_known(slots, prefixes, np.asarray(plan.after), shape.chunk)
     for _, request in slots.taken():
         if request.node is not None and not request.active:
             prefixes.touch(request.node)
-    return cached
+    return cached + more
 
 
-def _take_known(slots: Slots, prefixes: PrefixCache, loads: np.ndarray, count: np.ndarray, chunk: int) -> int:
-    """Lists the blocks that go on where the slots are; returns how many tokens they hold of the prompts."""
-    cached = 0
+def _take_known(slots: Slots, prefixes: PrefixCache, loads: np.ndarray, chunk: int) -> tuple[int, int]:
+    """Lists the blocks that go on where the slots are; returns how many, and how many tokens of the prompts they hold."""
+    count = cached = 0
     for slot, request in slots.taken():
-        while request.node is not None and request.read < request.to_read and count[0] < len(loads):
+        while request.node is not None and request.read < request.to_read and count < len(loads):
             piece = request.piece(chunk)
             found = prefixes.find(request.node, piece)
             if found is None:
                 break
-            loads[count[0]] = found.block, 0, slot, request.read
+            loads[count] = found.block, 0, slot, request.read
             request.node, request.read = found, request.read + len(piece)
-            count[0] += 1
+            count += 1
             cached += len(piece)
-    return cached
+    return count, cached

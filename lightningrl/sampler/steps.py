@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class TurnShape:
 
 @struct.dataclass
 class Plan:
-    """What a turn is to do, as views of one int32 array. `loads` are as in `copy_blocks`, in the order they are made."""
+    """What a turn is to do. Loads are as in `copy_blocks`, in the order they are made; it reaches the program as one array."""
 
     counts: Array  # int32 [4]: loads before reading, runs of `rows` pieces, loads after reading, groups
     before: Array  # int32 [loads, 4]
@@ -54,24 +55,33 @@ class Plan:
 
     @classmethod
     def of(cls, flat: Array, shape: TurnShape) -> Plan:
-        sizes = {
-            "counts": (4,),
-            "before": (shape.loads, 4),
-            "after": (shape.loads, 4),
-            "pieces": (shape.pieces, 3 + shape.chunk),
-            "groups": (shape.slots // shape.group,),
-            "integers": (8, shape.slots),
-            "floats": (2, shape.slots),
-        }
+        """The parts of what `flat` gives."""
         parts, at = {}, 0
-        for name, size in sizes.items():
-            parts[name] = flat[at : at + int(np.prod(size))].reshape(size)
-            at += int(np.prod(size))
+        for name, size in _sizes(shape).items():
+            parts[name] = flat[at : at + math.prod(size)].reshape(size)
+            at += math.prod(size)
         return cls(**parts)
 
-    @staticmethod
-    def size(shape: TurnShape) -> int:
-        return 4 + 8 * shape.loads + (3 + shape.chunk) * shape.pieces + shape.slots // shape.group + 10 * shape.slots
+    @classmethod
+    def empty(cls, shape: TurnShape) -> Plan:
+        """With nothing to do."""
+        return cls(**{name: np.zeros(size, np.int32) for name, size in _sizes(shape).items()})
+
+    def flat(self) -> np.ndarray:
+        """One array of it all."""
+        return np.concatenate([np.ravel(getattr(self, field.name)) for field in dataclasses.fields(self)])
+
+
+def _sizes(shape: TurnShape) -> dict[str, tuple[int, ...]]:
+    return {
+        "counts": (4,),
+        "before": (shape.loads, 4),
+        "after": (shape.loads, 4),
+        "pieces": (shape.pieces, 3 + shape.chunk),
+        "groups": (shape.slots // shape.group,),
+        "integers": (8, shape.slots),
+        "floats": (2, shape.slots),
+    }
 
 
 @struct.dataclass
@@ -91,7 +101,17 @@ class SlotState:
     @classmethod
     def of(cls, integers: Array, floats: Array) -> SlotState:
         """From int32 [8, S] and float32 [2, S]."""
-        return cls(*integers[:4], integers[4:6], *integers[6:], *floats)
+        return cls(
+            token=integers[0],
+            position=integers[1],
+            generated=integers[2],
+            max_tokens=integers[3],
+            key=integers[4:6],
+            top_k=integers[6],
+            alternatives=integers[7],
+            temperature=floats[0],
+            top_p=floats[1],
+        )
 
 
 @struct.dataclass
@@ -112,7 +132,7 @@ def turn(
 
     Args:
       cache: of `slots` slots; pool: of any number of slots, `chunk` tokens each, the blocks. Both are donated.
-      flat: int32 [Plan.size(shape)].
+      flat: int32, a plan's `flat()`.
 
     Returns:
       cache, pool, a burst's token and logprob as int32 [2, slots, steps], and its top_id and top_logprob.
@@ -189,6 +209,7 @@ def decode_group(params: Params, config: ModelConfig, cache: KVCache, s: SlotSta
     top = jax.tree.map(lambda x: jnp.zeros((slots, steps, *x.shape[1:]), x.dtype), nothing)
     burst = Burst(jnp.full((slots, steps), -1), jnp.zeros((slots, steps)), top[1], top[0])
     Carry = tuple[jax.Array, jax.Array, jax.Array, KVCache, Burst]
+    first: Carry = (jnp.int32(0), jnp.asarray(s.max_tokens > s.generated), jnp.asarray(s.token), cache, burst)
 
     def goes_on(carry: Carry) -> jax.Array:
         return (carry[0] < steps) & jnp.any(carry[1])
@@ -206,5 +227,5 @@ def decode_group(params: Params, config: ModelConfig, cache: KVCache, s: SlotSta
         active = active & (token != end_token) & (s.generated + i + 1 < s.max_tokens)
         return i + 1, active, token, cache, burst
 
-    *_, cache, burst = jax.lax.while_loop(goes_on, step, (jnp.int32(0), s.max_tokens > s.generated, s.token, cache, burst))
+    *_, cache, burst = jax.lax.while_loop(goes_on, step, first)
     return cache, burst

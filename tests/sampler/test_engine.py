@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 
 import jax
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 
 from lightningrl.model.params import init_params
 from lightningrl.packing.rows import RowSettings, pack
-from lightningrl.sampler.engine import PolicySampler, SamplerSettings
+from lightningrl.sampler.engine import PolicySampler, SamplerSettings, shape_for
+from lightningrl.sampler.prefix_cache import PrefixCache
+from lightningrl.sampler.request import Request
+from lightningrl.sampler.steps import TurnShape
 from lightningrl.train import score_edges
 from lightningrl.types import Completion, SamplingParams, Transition
 from tests.tiny import tiny_policy
 
-SETTINGS = SamplerSettings(slots=8, context_length=128, prefill_rows=2, chunk=16, steps=3)
+SETTINGS = SamplerSettings(slots=8, context_length=128, prefill_rows=2, prefill_runs=3, chunk=16, steps=3)
 
 
 def sampler(settings: SamplerSettings = SETTINGS, seed: int = 0) -> PolicySampler:
@@ -42,18 +46,88 @@ def run(engine: PolicySampler, work: list, concurrency: int) -> list[Completion]
         return list(pool.map(lambda r: engine.submit(*r).result(timeout=60), work))
 
 
+def agents(count: int) -> list[list[tuple[np.ndarray, SamplingParams, tuple[int, int]]]]:
+    """Calls of some agents, one after the other: groups of four share a first prompt, and each goes on in its own way."""
+    rng = np.random.default_rng(1)
+    firsts = [rng.integers(7, 300, rng.integers(20, 60)) for _ in range(-(-count // 4))]
+    work = []
+    for i in range(count):
+        prompt, calls = firsts[i // 4], []
+        for turn in range(3):
+            calls.append((prompt.astype(np.int32), SamplingParams(6, temperature=0.8), (i, turn)))
+            prompt = np.concatenate([prompt, rng.integers(7, 300, rng.integers(1, 20))])
+        work.append(calls)
+    return work
+
+
+def converse(engine: PolicySampler, work: list, concurrency: int) -> list[Completion]:
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        return [c for calls in pool.map(lambda calls: [engine.submit(*call).result(60) for call in calls], work) for c in calls]
+
+
+def assert_same(one: list[Completion], other: list[Completion]) -> None:
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert a.finish_reason == b.finish_reason
+
+
+def sampler_with_blocks(blocks: int | None) -> PolicySampler:
+    """One whose prefix cache has so many blocks, in a pool of the usual size: the compiled program is the same."""
+    engine = sampler()
+    if blocks is not None:
+        engine._prefixes = PrefixCache(blocks, SETTINGS.chunk)
+    return engine
+
+
 @pytest.mark.slow
-def test_same_tokens_and_logprobs_at_any_concurrency() -> None:
-    work = requests(48)
-    results = []
-    for concurrency in (1, 7, 48):
-        with sampler() as engine:
-            results.append(run(engine, work, concurrency))
-    for alone, *others in zip(*results, strict=True):
-        for other in others:
-            np.testing.assert_array_equal(alone.token_ids, other.token_ids)
-            np.testing.assert_array_equal(alone.logprobs, other.logprobs)
-            assert alone.finish_reason == other.finish_reason
+def test_same_bits_at_any_concurrency_with_the_cache_on_off_and_full() -> None:
+    work, others = agents(64), requests(40)
+    results, hits = [], []
+    for blocks, concurrency in ((None, 1), (None, 7), (None, 64), (0, 64), (5, 64), (12, 7)):
+        with sampler_with_blocks(blocks) as engine:
+            results.append(converse(engine, work, concurrency) + run(engine, others, concurrency))
+            hits.append(engine.counts.cache_hit_ratio)
+            assert len(engine._prefixes) <= engine._prefixes.blocks
+    for other in results[1:]:
+        assert_same(results[0], other)
+    assert hits[3] == 0 < min(hits[4], hits[5]) < hits[0]  # off; something was given up; everything was kept
+    assert hits[0] > 0.6
+
+
+def test_identical_prompts_that_arrive_together_are_read_once() -> None:
+    prompt = np.arange(10, 75, dtype=np.int32)  # four blocks, all full
+    with sampler() as engine:
+        futures = [engine.submit(prompt, SamplingParams(3), (i, 0)) for i in range(8)]
+        done = [f.result(60) for f in futures]
+        assert engine.counts.prompt_tokens == 8 * 64
+        assert engine.counts.cached_tokens == 7 * 64
+        assert len(engine._prefixes) == 4
+        beginning = engine.submit(prompt[:41], SamplingParams(3), (0, 1)).result(60)  # two blocks and a half
+        assert engine.counts.cached_tokens == 7 * 64 + 40
+    assert len({c.token_ids.tobytes() for c in done}) > 1
+    with sampler_with_blocks(0) as engine:
+        assert_same([beginning], [engine.submit(prompt[:41], SamplingParams(3), (0, 1)).result(60)])
+
+
+@pytest.mark.slow
+def test_without_determinism_shapes_follow_the_load_and_numbers_agree_to_rounding() -> None:
+    settings = dataclasses.replace(SETTINGS, slots=4, context_length=512, chunk=64)
+    work = [(np.arange(10, 10 + n, dtype=np.int32), SamplingParams(5, temperature=0.0), (0, n)) for n in (40, 280)]
+    with sampler(settings) as engine:
+        exact = run(engine, work, 1)
+    with sampler(dataclasses.replace(settings, deterministic=False)) as engine:
+        for a, b in zip(exact, run(engine, work, 1), strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=2e-5)
+
+
+def test_shapes_that_follow_the_load() -> None:
+    shape = TurnShape(slots=8, group=4, steps=8, chunk=64, rows=4, pieces=8, loads=64, length=1024)
+    short, long = (Request(np.zeros(n, np.int32), SamplingParams(9), (0, 0), None) for n in (100, 600))
+    assert (shape_for(shape, [(3, short)]).group, shape_for(shape, [(3, short), (5, short)]).group) == (1, 4)
+    lengths = [shape_for(shape, active).length for active in ([], [(0, short)], [(0, short), (1, long)])]
+    assert lengths == [256, 256, 1024]
 
 
 @pytest.mark.slow
@@ -147,14 +221,28 @@ def test_cancelled_requests_free_their_slots() -> None:
         assert engine.queue_length == 0
 
 
-def test_new_weights_are_used_and_named() -> None:
+def test_new_weights_are_used_and_named_and_no_prefix_outlives_the_old_ones() -> None:
     prompt = np.arange(10, 40, dtype=np.int32)
+    new = init_params(tiny_policy().config, jax.random.key(9))
     with sampler() as engine:
         before = engine.submit(prompt, SamplingParams(20), (1, 1)).result(60)
-        engine.set_params(init_params(tiny_policy().config, jax.random.key(9)), 5)
+        engine.set_params(new, 5)
         after = engine.submit(prompt, SamplingParams(20), (1, 1)).result(60)
     assert (before.policy_version, after.policy_version) == (0, 5)
     assert not np.array_equal(before.logprobs, after.logprobs)
+    policy = tiny_policy()
+    with PolicySampler(new, policy.config, policy.tokenizer, SETTINGS) as engine:
+        assert_same([after], [engine.submit(prompt, SamplingParams(20), (1, 1)).result(60)])
+
+
+def test_requests_in_flight_go_on_under_new_weights() -> None:
+    new = init_params(tiny_policy().config, jax.random.key(9))
+    with sampler() as engine:
+        futures = [engine.submit(p, SamplingParams(40), k) for p, _, k in requests(30)]
+        futures[0].result(60)
+        engine.set_params(new, 1)
+        assert {f.result(60).policy_version for f in futures} <= {0, 1}
+        assert futures[-1].result(60).policy_version == 1
 
 
 def test_stopping_fails_what_is_waiting() -> None:
@@ -171,3 +259,29 @@ def test_tokens_arrive_as_they_are_sampled() -> None:
     with sampler() as engine:
         done = engine.submit(np.arange(10, 40, dtype=np.int32), SamplingParams(20), (1, 1), lambda ids, lps: parts.append(ids)).result(60)
     np.testing.assert_array_equal(np.concatenate(parts), done.token_ids)
+
+
+def test_no_cache_and_too_small_a_cache_are_settings() -> None:
+    policy, megabyte = tiny_policy(), 2**20
+    block = 2 * 2 * policy.config.num_kv_heads * policy.config.head_dim * 4 * SETTINGS.chunk  # keys and values, two layers, 4 bytes
+    for megabytes, blocks in ((0, 0), (0.9 * block / megabyte, 0), (3.5 * block / megabyte, 3)):
+        assert sampler(dataclasses.replace(SETTINGS, prefix_cache_mb=megabytes))._prefixes.blocks == blocks
+
+
+def test_counts_add_up_and_read_as_prometheus_text() -> None:
+    work = requests(20)
+    with sampler() as engine:
+        done = run(engine, work, 10)
+        counts, text = dataclasses.replace(engine.counts), engine.metrics_text()
+        run(engine, work, 10)
+        more = engine.counts.since(counts)
+    assert counts.requests == counts.completed == 20
+    assert counts.sampled_tokens == sum(len(c.token_ids) for c in done)
+    assert counts.prompt_tokens == sum(len(p) - 1 for p, _, _ in work) == more.prompt_tokens
+    assert counts.cached_tokens == 0 and more.cache_hit_ratio == 1.0
+    assert counts.queue_seconds >= 0 < counts.busy_seconds
+    values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["lightningrl_sampler_sampled_tokens_total"]) == counts.sampled_tokens
+    assert float(values["lightningrl_sampler_slots"]) == 8
+    for name in values:
+        assert f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n" in text
