@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from lightningrl import scaling
 from lightningrl.model.cache import init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import init_params, shapes
@@ -200,3 +201,62 @@ def test_slots_or_heads_that_do_not_divide_stay_whole() -> None:
     spec = cache_sharding(one_head, make_mesh(2, 2, 2), 8).keys[0].spec
     assert spec == jax.P(("data", "fsdp"), None)
     assert cache_sharding(SHAPE, make_mesh(2, 2, 2), 6).keys[0].spec == jax.P(None, "tensor")
+
+
+# Memory as `lightningrl.scaling` has it, against the account of compiled programs. Nothing is allocated: all shapes are abstract.
+
+
+def abstract(tree: Any, at: Any) -> Any:
+    at = jax.tree.map(lambda _: at, tree) if isinstance(at, jax.sharding.Sharding) else at
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, at)
+
+
+def abstract_state(step: TrainStep) -> TrainState:
+    params = shapes(step.config)
+    state = TrainState(params=params, opt_state=jax.eval_shape(ADAM.init, params), step=jax.ShapeDtypeStruct((), np.int32))
+    return abstract(state, step._state_at)
+
+
+def test_a_billion_parameters_take_the_bytes_of_the_formula() -> None:
+    """Parameters, moments and gradients, to a hundredth."""
+    mesh = scaling.Mesh(1, 4, 2)
+    step = TrainStep(scaling.LLAMA_1B, one.LIGHTNINGRL, ADAM, make_mesh(1, 4, 2))
+    state = abstract_state(step)
+    memory = step._apply.lower(state, state.params, {}).compile().memory_analysis()
+    expected = scaling.state_bytes(scaling.LLAMA_1B, mesh) + scaling.gradient_bytes(scaling.LLAMA_1B, mesh)
+    assert memory.argument_size_in_bytes == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (SHAPE, (2, 2, 2)),
+        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (1, 1, 1)),
+        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (8, 1, 1)),
+        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (1, 4, 2)),
+    ],
+)
+def test_a_micro_batch_takes_the_bytes_of_the_formula(model: ModelConfig, shape: tuple[int, int, int]) -> None:
+    """What adding up its gradient holds for a while, within a factor of two: the compiler reuses and keeps buffers as it likes."""
+    mesh, ways = scaling.Mesh(*shape), shape[0] * shape[1]
+    step = TrainStep(model, one.LIGHTNINGRL, ADAM, make_mesh(*shape))
+    length, edges = 512, 128 * ways
+    rows = Rows(*(np.zeros((ways, length), np.int32) for _ in range(3)))
+    packed, _ = one.packed_in(one.ONE_ROW_LENGTH)
+    table = jax.tree.map(lambda x: np.zeros(edges, x.dtype), _edges_of(packed))
+    params = abstract_state(step).params
+    batch = (
+        abstract(rows, step._rows_at),
+        abstract(table, edges_sharding(step.mesh, edges)),
+        {"policy": np.float32(1), "value": np.float32(1)},
+    )
+    gradients, metrics = jax.eval_shape(step._gradients_of, params, None, *batch)
+    total = (abstract(gradients, step._state_at.params), abstract(metrics, step._whole))
+    memory = step._accumulate.lower(total, params, None, *batch).compile().memory_analysis()
+    assert memory.argument_size_in_bytes == pytest.approx(2 * scaling.gradient_bytes(model, mesh), rel=0.05, abs=1e5)
+    # As the step is without bfloat16, remat, blockwise attention and a loss in chunks.
+    plain = scaling.Workload(
+        tokens=ways * length, edges=edges, row=length, chunk=model.vocab_size, compute_bytes=4, remat=False, dense_attention=True
+    )
+    expected = scaling.passing_bytes(model, mesh, plain)
+    assert expected / 2 <= memory.temp_size_in_bytes <= 2 * expected
