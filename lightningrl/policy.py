@@ -67,7 +67,7 @@ def load_policy(directory: Path, *, dtype: Any = jnp.float32, mesh: Mesh | None 
 
     Args:
       dtype: of the parameters, whatever that of the files.
-      mesh: where the parameters go, by the rules of `sharding.py`, each device's part read by itself; None: the first device.
+      mesh: where the parameters go, by the rules of `sharding.py`, each device's part read by itself; None: this process' first device.
 
     Raises:
       UserError: the folder holds neither, or what it holds is broken; one sentence says which file and why.

@@ -148,7 +148,7 @@ class TrainStep:
         self._params_at = params_sharding(config, mesh)
         self._trained_at = self._params_at if lora is None else adapter_sharding(self._params_at, config, lora)
         abstract = shapes(config) if lora is None else adapter_shapes(config, lora)
-        state_at = TrainState(
+        self._state_at = TrainState(
             params=self._params_at if lora is None else {},  # a base is no output of an update
             opt_state=optimizer_sharding(optimizer, abstract, self._trained_at, self._whole),
             step=self._whole,  # type: ignore[arg-type]
@@ -166,8 +166,8 @@ class TrainStep:
             donate_argnums=0,
         )
         self._zeros: Any = None  # makes what accumulation starts from
-        self._start = jax.jit(optimizer.init, out_shardings=state_at.opt_state)
-        self._apply = jax.jit(self._apply_gradients, out_shardings=(state_at, self._whole), donate_argnums=0)
+        self._start = jax.jit(optimizer.init, out_shardings=self._state_at.opt_state)
+        self._apply = jax.jit(self._apply_gradients, out_shardings=(self._state_at, self._whole), donate_argnums=0)
 
     def init(self, params: Params, adapter: Adapter | None = None) -> TrainState:
         """Fresh optimizer state around a copy of what is trained, sharded by the rules. A base is not copied, as nothing consumes it."""

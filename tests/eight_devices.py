@@ -15,8 +15,10 @@ import pytest
 from lightningrl import scaling
 from lightningrl.model.cache import init_cache
 from lightningrl.model.config import ModelConfig
+from lightningrl.model.lora import LoraSettings, adapter_sharding
 from lightningrl.model.params import init_params, shapes
-from lightningrl.packing.rows import Rows
+from lightningrl.packing.rows import Rows, RowSettings
+from lightningrl.policies import pack_policies, start_policies, update_policies, weights
 from lightningrl.sampler.steps import SlotState, decode, prefill
 from lightningrl.sharding import (
     HOST,
@@ -33,12 +35,14 @@ from lightningrl.sharding import (
 )
 from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
 from lightningrl.warm_start import _edges_of
+from tests import small_step as small
 from tests import test_train as one
 from tests.tiny import tiny_policy
 
 SHAPE = ModelConfig(
     vocab_size=256, hidden_size=64, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=8, intermediate_size=128, max_positions=64
 )
+SGD = optax.sgd(1.0, momentum=0.9)
 ADAM = make_optimizer(OptimizerSettings())
 FOUR = ((1, 4, 1), (1, 2, 2), (1, 1, 4))  # fsdp × tensor = 4
 
@@ -106,6 +110,33 @@ def test_the_state_stays_sharded_over_updates() -> None:
     assert jax.tree.map(lambda x: x.sharding, adam) == before.params
     state, _ = step.update(state, packed.rows, one.edges_of(packed, table, step, state.params))
     assert jax.tree.map(lambda x: x.sharding, state) == before
+
+
+def test_adapters_and_a_moving_mean_are_sharded_and_trained_as_on_one_device() -> None:
+    """Factors, their moments and their mean lie as the rules say before and after an update; roles share one base."""
+
+    def trained(shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+        mesh = make_mesh(*shape)
+        step = TrainStep(SHAPE, small.REINFORCE, SGD, mesh, lora=LoraSettings(rank=4), ema_decay=0.5)
+        start = start_policies(step, init_params(SHAPE, jax.random.key(0)), small.ROLES)
+        rows = RowSettings((64,), 512, 512)
+        whose, batches = pack_policies(start, small.recorded(), small.table(), 1, rows, 8)
+        before = jax.tree.map(lambda x: x.sharding, start)
+        assert all(start[role].params["embedding"] is start["reader"].params["embedding"] for role in start)
+        after, _ = update_policies(step, start, whose, batches, [small.edges_of(b, small.advantages()) for b in batches])
+        assert jax.tree.map(lambda x: x.sharding, after) == before
+        return after, step, weights(step, after, HOST)
+
+    (after, step, weights_of), (one_device, _, expected) = trained((2, 2, 2)), trained((1, 1, 1))
+    at = adapter_sharding(params_sharding(SHAPE, step.mesh), SHAPE, LoraSettings(rank=4))
+    for role, state in after.items():
+        for tree in (state.adapter, state.reference, optax.tree.get(state.opt_state, "trace")):
+            assert jax.tree.map(lambda x: x.sharding, tree) == at
+        assert not state.adapter["layers"][0]["qkv"]["a"].sharding.is_fully_replicated
+        moved = [np.abs(np.asarray(pair["b"])).max() for pair in one_device[role].adapter["layers"][0].values()]
+        assert min(moved) > 1e-3  # B started as 0
+        jax.tree.map(one.close, gathered(state.reference, HOST), one_device[role].reference)
+        jax.tree.map(one.close, weights_of[role], expected[role])
 
 
 @pytest.mark.parametrize(
@@ -250,9 +281,9 @@ def test_a_micro_batch_takes_the_bytes_of_the_formula(model: ModelConfig, shape:
         abstract(table, edges_sharding(step.mesh, edges)),
         {"policy": np.float32(1), "value": np.float32(1)},
     )
-    gradients, metrics = jax.eval_shape(step._gradients_of, params, *batch)
+    gradients, metrics = jax.eval_shape(step._gradients_of, params, None, *batch)
     total = (abstract(gradients, step._state_at.params), abstract(metrics, step._whole))
-    memory = step._accumulate.lower(total, params, *batch).compile().memory_analysis()
+    memory = step._accumulate.lower(total, params, None, *batch).compile().memory_analysis()
     assert memory.argument_size_in_bytes == pytest.approx(2 * scaling.gradient_bytes(model, mesh), rel=0.05, abs=1e5)
     # As the step is without bfloat16, remat, blockwise attention and a loss in chunks.
     plain = scaling.Workload(

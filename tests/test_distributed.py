@@ -24,7 +24,7 @@ from lightningrl.errors import UserError
 from lightningrl.loop import checkpoint_tree
 from lightningrl.metrics import read_metrics, without_timings
 from lightningrl.model.params import init_params
-from lightningrl.policies import EVERY_ROLE
+from lightningrl.policies import EVERY_ROLE, adapter_name, load_adapted
 from lightningrl.policy import load_policy
 from lightningrl.rollout_bytes import decode, encode
 from lightningrl.runtime.store import Store
@@ -224,6 +224,26 @@ def test_a_run_of_two_processes_killed_and_gone_on_with_is_that_of_one(tmp_path:
     one, other_params = (load_policy(tmp_path / place / "policy").params for place in ("out", "one/out"))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other_params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_adapter_for_a_role_is_trained_by_two_processes_as_by_one(tmp_path: pathlib.Path) -> None:
+    """With a moving mean as reference: the same rollouts, and the same adapter and base in OUT/policy."""
+    settings = {"recipe": "grpo", "train_roles": "speaker", "lora_per_role": True, "lora_rank": 2, "reference": "ema", "iterations": 2}
+    (tmp_path / "one").mkdir()
+    ((code, _, stderr),) = results([start(*fit_command(tmp_path / "one", **settings))])
+    assert code == 0, stderr
+    (code, _, stderr), (other, _, stderr_of_other) = results(two(tmp_path, **settings))
+    assert code == other == 0, stderr + stderr_of_other
+    rows, expected = (map(without_timings, read_metrics(tmp_path / place)) for place in ("out", "one/out"))
+    for row, other_row in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other_row, rel=1e-4, abs=1e-5)
+    assert row["grad_norm/speaker"] > 1e-3 and row["kl/speaker"] > 0
+    a, b = (load_adapted(folder, folder / adapter_name("speaker")) for folder in (tmp_path / "out/policy", tmp_path / "one/out/policy"))
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-3)
+    base = load_policy(tmp_path / "out/policy").params
+    assert not np.array_equal(a.params["layers"][0]["qkv"], base["layers"][0]["qkv"])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lightningrl"
 # storey may use; they know nothing of the rest.
 ORDER = (
     "errors types rollout_bytes metrics flags tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages "
-    "losses recipe recipes packing model sharding scaling distributed train batches sampler evidence checkpoint policy policies "
+    "losses recipe recipes packing model scaling sharding distributed train batches sampler evidence checkpoint policy policies "
     "gateway runtime tasks warm_start lab manifest progress config start describe producers serving ahead loop fit show"
 ).split()
 HOST_ONLY = ("errors", "types", "rollout_bytes", "metrics", "flags", "tokenizer", "gateway", "runtime", "tasks")

@@ -109,9 +109,8 @@ def test_a_role_is_trained_as_if_it_were_alone() -> None:
     alone = {}
     for role in ROLES:
         flat = [t for r in recorded() for t in r.transitions]
-        owner = [i for i, r in enumerate(recorded()) for _ in r.transitions]
         index = [i for i, t in enumerate(flat) if t.role == role]
-        packed = pack([flat[i] for i in index], index, [owner[i] for i in index], ROWS)
+        packed = pack([flat[i] for i in index], index, ROWS)
         state = jax.tree.map(jax.numpy.copy, policies[role])
         alone[role], _ = step().update(state, packed.rows, edges_of(packed, advantages()))
     after, metrics = updated(policies)

@@ -72,7 +72,7 @@ def load_arrays(directory: Path, config: ModelConfig, sources: Params, *, dtype:
 
     infos = shapes(config)
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        one = shardings or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        one = shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one, infos)
     return jax.tree_util.tree_map_with_path(load, sources, infos, shardings, is_leaf=_is_sources)
 
