@@ -21,9 +21,7 @@ from tests.model.tries import loops, random_row, seen
 # Blocks so small that a row of 50 tokens has several, which do not divide it.
 IMPLEMENTATIONS: dict[str, TreeAttention] = {
     "dense": functools.partial(attend_dense, block=32),
-    "dense, blocks of 24": functools.partial(attend_dense, block=24),
     "blocks": functools.partial(attend_blocks, block=16),
-    "blocks of 24": functools.partial(attend_blocks, block=24),
     "one block": functools.partial(attend_blocks, block=128),
     "pallas": functools.partial(attend_pallas, block=16),
 }
