@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from lightningrl.model.attention_blocks import attend_blocks
+from lightningrl.model.visible import MASKED
 from lightningrl.table import Array
 
 # (q [B, K, G, T, d], k [B, K, T, d], v [B, K, T, d], end [B, T]) -> [B, K, G, T, d]
 TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, Array], jax.Array]
 Implementation = Literal["dense", "blocks", "pallas"]
-
-MASKED = -1e30  # finite: added to a score, it is the score of a key that nobody sees
 
 # On a CPU, forward and gradient of branching tries in CPU ms, dense against blocks of 64 (2 × 2 heads of 32, then 4 × 2 of 64; 2,048
 # tokens): T = 256: 16 to 18, 65 to 58; T = 512: 32 to 25, 156 to 75; T = 1,024: 100 to 36, 311 to 106; T = 2,048 (4 × 2 of 64): 607 to 138.

@@ -19,10 +19,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lightningrl.model.visible import block_lists, subtree_end, visible_blocks
+from lightningrl.model.visible import MASKED, block_lists, subtree_end, visible_blocks
 from lightningrl.table import Array
-
-MASKED = -1e30  # finite: a query that sees nothing of its first blocks must not compute ∞ − ∞
 
 
 def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, end: Array, *, block: int = 64) -> jax.Array:

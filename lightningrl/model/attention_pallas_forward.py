@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-MASKED = -1e30  # finite: a query that sees nothing of its first blocks must not compute ∞ − ∞
+from lightningrl.model.visible import MASKED
 
 
 def product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from lightningrl.table import Array
 
+MASKED = -1e30  # the score of a key that is not seen: finite, as ∞ − ∞ would be computed where a whole block is masked
+
 
 def subtree_end(end: Array) -> jax.Array:
     """max(end[i], i + 1), int32 [..., T]: with it `i ≤ j < end[i]` also says that a padding token sees itself."""

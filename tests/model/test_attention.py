@@ -18,12 +18,10 @@ from lightningrl.model.attention_blocks import attend_blocks
 from lightningrl.model.attention_pallas import attend_pallas
 from tests.model.tries import loops, random_row, seen
 
-# Blocks small enough that a row of 64 tokens has several, and ones that do not divide it.
+# Blocks so small that a row of 50 tokens has several, which do not divide it.
 IMPLEMENTATIONS: dict[str, TreeAttention] = {
     "dense": functools.partial(attend_dense, block=32),
-    "dense, blocks of 24": functools.partial(attend_dense, block=24),
     "blocks": functools.partial(attend_blocks, block=16),
-    "blocks of 24": functools.partial(attend_blocks, block=24),
     "one block": functools.partial(attend_blocks, block=128),
     "pallas": functools.partial(attend_pallas, block=16),
 }
@@ -50,15 +48,15 @@ def check(name: str, seed: int, dtype: Any, tolerance: float) -> None:
 
 
 @EVERY_IMPLEMENTATION
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(seed=seeds)
 def test_is_that_of_loops(name: str, seed: int) -> None:
-    # Sums of up to 192 products of rounded numbers, each off by half an epsilon (1.2e-7) of the largest.
+    # Sums of up to 100 products of rounded numbers, each off by half an epsilon (1.2e-7) of the largest.
     check(name, seed, jnp.float32, 3e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "pallas"])
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(seed=seeds)
 def test_in_float64_the_same_to_twelve_digits(name: str, seed: int) -> None:
     with jax.enable_x64(True):
@@ -91,14 +89,14 @@ def test_nobody_sees_padding_or_another_trie(name: str) -> None:
     """The same bits whatever stands there, and scores of ±10⁴ overflow nothing."""
     q, k, v, dout, end = random_row(np.random.default_rng(1))
     end[:] = 0
-    end[:, :20], end[:, 20:50] = 20, 50
+    end[:, :20], end[:, 20:40] = 20, 40
     q, k, v, dout = (x.astype(np.float32) for x in (q, k, v, dout))
     here = out_and_gradients(name)(q, k, v, end, dout)
     for x in (q, k, v, dout):
-        x[..., :20, :], x[..., 50:, :] = 1e2 * x[..., :20, :], -1e2 * x[..., 50:, :]
+        x[..., :20, :], x[..., 40:, :] = 1e2 * x[..., :20, :], -1e2 * x[..., 40:, :]
     elsewhere = out_and_gradients(name)(q, k, v, end, dout)
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(elsewhere), strict=True):
-        np.testing.assert_array_equal(a[..., 20:50, :], b[..., 20:50, :])
+        np.testing.assert_array_equal(a[..., 20:40, :], b[..., 20:40, :])
         assert np.isfinite(np.asarray(b)).all()
 
 
