@@ -1,18 +1,19 @@
-"""The peers of scripts/bench_train.py: an update of the same policy on the same batch, in torch. Needs the environment of scripts/goldens/verl.txt.
+"""The peers of scripts/bench_train.py: an update of the same policy on the same batch, in torch.
 
     PYTHON scripts/peers/train_peer.py trl|torch BATCH.npz --hidden 512 --layers 4 --heads 8 --vocab 1024
 
-`trl` is the step of TRL's GRPO trainer: its loss on given completions, padded as its trainer pads them. `torch` is plain transformers in the
-faster of two packings: rows of several transitions whose attention does not cross, or transitions sorted by length and padded. Both: float32, forward,
-backward, gradients scaled to norm 1, AdamW. A few sizes of micro-batches are tried before the start, and the fastest is kept.
+It needs the environment of scripts/goldens/verl.txt. `trl` is the step of TRL's GRPO trainer: its loss on given completions, padded as its
+trainer pads them. `torch` is plain transformers in the faster of two packings: rows of several transitions whose attention does not
+cross, or transitions sorted by length and padded. Both: float32, forward, backward, gradients scaled to norm 1, AdamW. A few sizes of
+micro-batches are tried before the start, and the fastest is kept.
 
 BATCH.npz has, for N transitions: `prompt_ids` [N, P] and `response_ids` [N, R], integers, padded on the right; `prompt_length` and
 `response_length` [N]; `advantage` [N], float32; `group` [N], integers, which a loss of given advantages has no use for. The policy samples
 with temperature 1, and the update is its first on these rollouts, so that every importance ratio is 1.
 
-It prints one line of JSON when it is ready: the setting it chose, and loss and norm of the gradient at the start, for comparison. Then for every line
-`step N` on standard input it makes N updates and prints {"useful_tokens", "seconds", "peak_memory"}: sampled tokens a step, median
-seconds of a step, and the most bytes that were resident beyond those of the imported libraries.
+It prints one line of JSON when it is ready: the setting it chose, and loss and norm of the gradient at the start, for comparison. Then
+for every line `step N` on standard input it makes N updates and prints {"useful_tokens", "seconds", "peak_memory"}: sampled tokens a
+step, median seconds of a step, and the most bytes that were resident beyond those of the imported libraries.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Threads that wait for one another spin for milliseconds by default, which is a multiple of a small step where the cores are not all ours.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -85,17 +88,17 @@ def plain(model: LlamaForCausalLM, batch: Batch) -> Iterator[tuple[str, list[Mic
     order = sorted(range(len(batch.pairs)), key=batch.length)
     longest = batch.length(order[-1])
     for tokens in MICRO_TOKENS:
-        pieces = list(split(order, lambda chosen: len(chosen) * batch.length(chosen[-1]) <= tokens))
-        yield f"sorted, padded, {tokens} tokens", [padded(model, batch, piece) for piece in pieces]
+        yield f"sorted, padded, {tokens} tokens", [padded(model, batch, piece) for piece in pieces(batch, order, tokens)]
         capacity = max(tokens, longest)
         if capacity <= 4096:  # the mask is a square
             yield f"packed, {capacity} tokens", [packed(model, batch, row) for row in first_fit(batch, order, capacity)]
 
 
-def split(order: Sequence[int], fits: Callable[[list[int]], bool]) -> Iterator[list[int]]:
+def pieces(batch: Batch, order: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Neighbours, of so many tokens with their padding, at least one."""
     piece: list[int] = []
     for k in order:
-        if piece and not fits([*piece, k]):
+        if piece and (len(piece) + 1) * batch.length(k) > tokens:
             yield piece
             piece = []
         piece.append(k)
@@ -134,9 +137,7 @@ def packed(model: LlamaForCausalLM, batch: Batch, row: Sequence[int]) -> Micro:
     return scored(model, batch, row, {"input_ids": ids, "position_ids": positions, "attention_mask": mask}, starts)
 
 
-def scored(
-    model: LlamaForCausalLM, batch: Batch, piece: Sequence[int], inputs: dict[str, torch.Tensor], starts: Sequence[int]
-) -> Micro:
+def scored(model: LlamaForCausalLM, batch: Batch, piece: Sequence[int], inputs: dict[str, torch.Tensor], starts: Sequence[int]) -> Micro:
     """The clipped loss; logits are computed where a response's token is predicted, and nowhere else."""
     targets = torch.cat([batch.pairs[k][1] for k in piece])
     before = [start + len(batch.pairs[k][0]) - 1 for k, start in zip(piece, starts, strict=True)]
@@ -175,20 +176,20 @@ def trl(model: LlamaForCausalLM, batch: Batch) -> Iterator[tuple[str, list[Micro
         "advantages": batch.advantage,
     }
     width = widest + completion_ids.shape[1]
-    for rows in sorted({max(1, tokens // width) for tokens in MICRO_TOKENS}):
-        pieces = [
+    for rows in sorted({min(len(batch.pairs), max(1, tokens // width)) for tokens in MICRO_TOKENS}):
+        cut = [
             {name: value[start : start + rows] for name, value in whole.items()} | {"num_items_in_batch": torch.tensor(batch.useful_tokens)}
             for start in range(0, len(batch.pairs), rows)
         ]
 
-        def micro(piece: dict[str, torch.Tensor], number: int = len(pieces)) -> torch.Tensor:
+        def micro(piece: dict[str, torch.Tensor], number: int = len(cut)) -> torch.Tensor:
             trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = number
             loss = trainer.compute_loss(trainer.model, piece)
             loss.backward()
             trainer._metrics["train"].clear()
             return loss.detach()
 
-        yield f"{rows} rows of {width} tokens", [lambda piece=piece, micro=micro: micro(piece) for piece in pieces]
+        yield f"{rows} rows of {width} tokens", [lambda piece=piece, micro=micro: micro(piece) for piece in cut]
 
 
 def make_trainer(model: LlamaForCausalLM, rows: int) -> Any:
@@ -294,9 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{command!r} is not 'step'")
         forget_peak()
         taken = statistics.median([update(micros) for _ in range(int(number))])
-        print(
-            json.dumps({"useful_tokens": batch.useful_tokens, "seconds": taken, "peak_memory": resident("VmHWM") - libraries}), flush=True
-        )
+        peak = resident("VmHWM") - libraries
+        print(json.dumps({"useful_tokens": batch.useful_tokens, "seconds": taken, "peak_memory": peak}), flush=True)
     return 0
 
 
