@@ -1,41 +1,38 @@
 """The peers of scripts/bench_train.py: an update of the same policy on the same batch, in torch.
 
-Needs the environment of scripts/goldens/verl.txt.
-
     PYTHON scripts/peers/train_peer.py trl|torch BATCH.npz --hidden 512 --layers 4 --heads 8 --vocab 1024
 
-`trl` is the step of TRL's GRPO trainer: its loss on given completions, padded as its trainer pads them. `torch` is plain
-transformers in the faster of two packings: rows of several transitions whose attention does not cross, or transitions sorted
-by length and padded. Both: float32, forward, backward, gradients scaled to norm 1, AdamW. A few sizes of micro-batches are
-tried before the start, and the fastest is kept.
+It needs the environment of scripts/goldens/verl.txt. `trl` is the step of TRL's GRPO trainer: its loss on given completions, padded as its
+trainer pads them. `torch` is plain transformers in the faster of two packings: rows of several transitions whose attention does not
+cross, or transitions sorted by length and padded. Both: float32, forward, backward, gradients scaled to norm 1, AdamW. A few sizes of
+micro-batches are tried on a part of the batch before the start, and the fastest is kept.
 
-BATCH.npz has, for N transitions: `prompt_ids` [N, P] and `response_ids` [N, R], integers, padded on the right;
-`prompt_length` and `response_length` [N]; `advantage` [N], float32; `group` [N], integers, which a loss of given advantages
-has no use for. The policy samples with temperature 1, and the update is its first on these rollouts, so that every
-importance ratio is 1.
+BATCH.npz has, for N transitions: `prompt_ids` [N, P] and `response_ids` [N, R], integers, padded on the right; `prompt_length` and
+`response_length` [N]; `advantage` [N], float32; `group` [N], integers, which a loss of given advantages has no use for. The policy samples
+with temperature 1, and the update is its first on these rollouts, so that every importance ratio is 1.
 
-It prints one line of JSON when it is ready: the setting it chose, and loss and norm of the gradient at the start, for
-comparison. Then for every line `step N` on standard input it makes N updates and prints {"useful_tokens", "seconds",
-"peak_memory"}: sampled tokens a step, median seconds of a step, and the most bytes that were resident beyond those of the
-imported libraries.
+It prints one line of JSON when it is ready: the setting it chose, and loss and norm of the gradient at the start, for comparison. Then
+for every line `step N` on standard input it makes N updates and prints {"useful_tokens", "seconds", "peak_memory"}: sampled tokens a
+step, median seconds of a step, and the most bytes that were resident beyond those of the imported libraries.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import pathlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Threads that wait for one another spin for milliseconds by default, which is a multiple of a small step where the cores are not all ours.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -43,7 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 CLIP = 0.2
 LEARNING_RATE, MAX_NORM = 1e-5, 1.0
-MICRO_TOKENS = (1024, 4096, 16384)  # sizes of micro-batches that are tried
+MICRO_TOKENS = (1024, 4096, 8192)  # sizes of micro-batches that are tried
+TRIAL_TOKENS = 8192  # of the part of the batch that they are tried on
 
 # A micro-batch: the gradient of its part of the loss is added to the parameters'; returns that part.
 Micro = Callable[[], torch.Tensor]
@@ -52,14 +50,23 @@ Micro = Callable[[], torch.Tensor]
 class Batch:
     """The transitions without their padding."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], advantage: torch.Tensor) -> None:
+        self.pairs, self.advantage = pairs, advantage  # prompt and response ids, int64; float32 [N]
+        self.useful_tokens = sum(len(response) for _, response in pairs)
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Batch:
         with np.load(path) as file:
             given = dict(file)
         lengths = zip(given["prompt_length"].tolist(), given["response_length"].tolist(), strict=True)
-        rows = zip(given["prompt_ids"], given["response_ids"], lengths, strict=True)
-        self.pairs = [(torch.as_tensor(p[:n].astype(np.int64)), torch.as_tensor(r[:m].astype(np.int64))) for p, r, (n, m) in rows]
-        self.advantage = torch.as_tensor(given["advantage"].astype(np.float32))
-        self.useful_tokens = sum(len(response) for _, response in self.pairs)
+        rows = zip(given["prompt_ids"].astype(np.int64), given["response_ids"].astype(np.int64), lengths, strict=True)
+        pairs = [(torch.as_tensor(prompt[:n]), torch.as_tensor(response[:m])) for prompt, response, (n, m) in rows]
+        return cls(pairs, torch.as_tensor(given["advantage"].astype(np.float32)))
+
+    def part(self, tokens: int) -> Batch:
+        """Transitions from all over the batch, of about so many tokens."""
+        step = -(-sum(map(self.length, range(len(self.pairs)))) // tokens)
+        return Batch(self.pairs[::step], self.advantage[::step])
 
     def length(self, k: int) -> int:
         return sum(map(len, self.pairs[k]))
@@ -82,25 +89,36 @@ def make_model(given: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
+# A way to cut a batch into micro-batches.
+Cut = Callable[[Batch], list[Micro]]
+
+
 # ---- transformers and torch
 
 
-def plain(model: LlamaForCausalLM, batch: Batch) -> Iterator[tuple[str, list[Micro]]]:
-    """Every packing and size, as micro-batches."""
-    order = sorted(range(len(batch.pairs)), key=batch.length)
-    longest = batch.length(order[-1])
-    for tokens in MICRO_TOKENS:
-        pieces = list(split(order, lambda chosen, tokens=tokens: len(chosen) * batch.length(chosen[-1]) <= tokens))
-        yield f"sorted, padded, {tokens} tokens", [padded(model, batch, piece) for piece in pieces]
-        capacity = max(tokens, longest)
-        if capacity <= 4096:  # the mask is a square
-            yield f"packed, {capacity} tokens", [packed(model, batch, row) for row in first_fit(batch, order, capacity)]
+def plain(model: LlamaForCausalLM, batch: Batch) -> dict[str, Cut]:
+    """Every packing and size. The mask of a packed row is a square, so there are no large ones."""
+
+    def in_order(given: Batch) -> list[int]:
+        return sorted(range(len(given.pairs)), key=given.length)
+
+    def sorted_and_padded(given: Batch, tokens: int) -> list[Micro]:
+        return [padded(model, given, piece) for piece in pieces(given, in_order(given), tokens)]
+
+    def in_rows(given: Batch, tokens: int) -> list[Micro]:
+        return [packed(model, given, row) for row in first_fit(given, in_order(given), tokens)]
+
+    longest = max(map(batch.length, range(len(batch.pairs))))
+    rows = {max(tokens, longest) for tokens in MICRO_TOKENS[:2]}
+    cuts = {f"sorted, padded, {tokens} tokens": functools.partial(sorted_and_padded, tokens=tokens) for tokens in MICRO_TOKENS}
+    return cuts | {f"packed, {tokens} tokens": functools.partial(in_rows, tokens=tokens) for tokens in sorted(rows)}
 
 
-def split(order: Sequence[int], fits: Callable[[list[int]], bool]) -> Iterator[list[int]]:
+def pieces(batch: Batch, order: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Neighbours, of so many tokens with their padding, at least one."""
     piece: list[int] = []
     for k in order:
-        if piece and not fits([*piece, k]):
+        if piece and (len(piece) + 1) * batch.length(k) > tokens:
             yield piece
             piece = []
         piece.append(k)
@@ -157,73 +175,6 @@ def scored(model: LlamaForCausalLM, batch: Batch, piece: Sequence[int], inputs: 
     return run
 
 
-# ---- TRL
-
-
-def trl(model: LlamaForCausalLM, batch: Batch) -> Iterator[tuple[str, list[Micro]]]:
-    """The trainer's loss, on micro-batches of the batch as its trainer would cut it: in order, padded to the longest of all."""
-    trainer = make_trainer(model, len(batch.pairs))
-    prompts, responses = zip(*batch.pairs, strict=True)
-    widest = max(map(len, prompts))
-    flipped = torch.nn.utils.rnn.pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True)
-    prompt_ids = flipped.flip(1)  # padded on the left
-    prompt_mask = torch.stack([torch.arange(widest) >= widest - len(prompt) for prompt in prompts]).long()
-    completion_ids = torch.nn.utils.rnn.pad_sequence(list(responses), batch_first=True)
-    completion_mask = torch.stack([torch.arange(completion_ids.shape[1]) < len(response) for response in responses]).long()
-    whole = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-        "advantages": batch.advantage,
-    }
-    width = widest + completion_ids.shape[1]
-    for rows in sorted({max(1, tokens // width) for tokens in MICRO_TOKENS}):
-        pieces = [
-            {name: value[start : start + rows] for name, value in whole.items()} | {"num_items_in_batch": torch.tensor(batch.useful_tokens)}
-            for start in range(0, len(batch.pairs), rows)
-        ]
-
-        def micro(piece: dict[str, torch.Tensor], number: int = len(pieces)) -> torch.Tensor:
-            trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = number
-            loss = trainer.compute_loss(trainer.model, piece)
-            loss.backward()
-            trainer._metrics["train"].clear()
-            return loss.detach()
-
-        yield f"{rows} rows of {width} tokens", [lambda piece=piece, micro=micro: micro(piece) for piece in pieces]
-
-
-def make_trainer(model: LlamaForCausalLM, rows: int) -> Any:
-    """A trainer as it is published; what it needs besides a model, a dataset and a tokenizer, is never used."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import GRPOConfig, GRPOTrainer
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    settings = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        gradient_checkpointing=False,  # memory is no concern here, and it costs a forward pass
-        per_device_train_batch_size=rows,
-        num_generations=rows,
-        loss_type="dapo",
-        epsilon=CLIP,
-        beta=0.0,
-    )
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=settings,
-        train_dataset=Dataset.from_list([{"prompt": "<pad>"}] * rows),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
-    )
-
-
 # ---- a step, and how it is measured
 
 
@@ -273,23 +224,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    cuts = plain
     if given.way == "trl":
-        import trl as _  # noqa: F401
+        from train_peer_trl import cuts
     libraries = resident("VmRSS")
 
-    batch, model = Batch(given.batch), make_model(given)
-    update = Update(model)
-    tried: dict[str, tuple[float, list[Micro]]] = {}
-    start = None
-    for name, micros in (trl if given.way == "trl" else plain)(model, batch):
-        start = start or update.gradient(micros)
-        update(micros)  # the first is slower
-        tried[name] = update(micros), micros
-    setting = min(tried, key=lambda name: tried[name][0])
-    micros = tried[setting][1]
-    assert start is not None
-    seconds = {name: taken for name, (taken, _) in tried.items()}
-    print(json.dumps({"way": given.way, "setting": setting, "tried": seconds, "loss": start[0], "gradient_norm": start[1]}), flush=True)
+    batch, model = Batch.read(given.batch), make_model(given)
+    update, trial = Update(model), batch.part(TRIAL_TOKENS)
+    offered = cuts(model, batch)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    tried = {}
+    for name, cut in offered.items():
+        update(cut(trial)[:1])  # the first is slower
+        tried[name] = update(cut(trial))
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    setting = min(tried, key=tried.__getitem__)
+    micros = offered[setting](batch)
+    loss, norm = update.gradient(micros)
+    print(json.dumps({"way": given.way, "setting": setting, "tried": tried, "loss": loss, "gradient_norm": norm}), flush=True)
 
     for line in sys.stdin:
         command, number = line.split()
@@ -297,9 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{command!r} is not 'step'")
         forget_peak()
         taken = statistics.median([update(micros) for _ in range(int(number))])
-        print(
-            json.dumps({"useful_tokens": batch.useful_tokens, "seconds": taken, "peak_memory": resident("VmHWM") - libraries}), flush=True
-        )
+        peak = resident("VmHWM") - libraries
+        print(json.dumps({"useful_tokens": batch.useful_tokens, "seconds": taken, "peak_memory": peak}), flush=True)
     return 0
 
 
