@@ -20,9 +20,11 @@ from lightningrl.table import Array
 TreeAttention = Callable[[jax.Array, jax.Array, jax.Array, Array], jax.Array]
 Implementation = Literal["dense", "blocks", "pallas"]
 
-# On a CPU, forward and gradient of branching tries in CPU ms, dense against blocks of 64 (2 × 2 heads of 32, then 4 × 2 of 64; 2,048
-# tokens): T = 256: 16 to 18, 65 to 58; T = 512: 32 to 25, 156 to 75; T = 1,024: 100 to 36, 311 to 106; T = 2,048 (4 × 2 of 64): 607 to 138.
-# Dense uses two cores nearly twice as well as one, blocks hardly, so that on the clock they meet between 256 and 512.
+# Forward and gradient of branching tries on a CPU, ms of CPU time, dense : blocks, rows of T that hold 2,048 tokens together.
+#   T                      256      512    1,024    2,048
+#   2 × 2 heads of 32    16:16    31:25    92:35
+#   4 × 2 heads of 64    57:57   137:71  261:103  474:132
+# On the clock dense gains more from a second core (wall half of CPU time; blocks hardly), so a tie goes to dense.
 LONGEST_DENSE = 256
 
 
