@@ -116,7 +116,8 @@ def loss_inputs(scores: Scores, edges: EdgeBatch) -> LossInputs:
 class TrainStep:
     """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
 
-    `score` reads, `update` trains. Both compile once per row length. All that is drawn at random comes from `seed` and the step.
+    `score` reads, `update` trains. Both compile once for every shape of a micro-batch. All that is drawn at random comes from `seed`
+    and the step.
     With several processes all of them call every method, with equal arguments; scores and metrics are each process' own copies.
 
     Args:

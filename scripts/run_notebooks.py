@@ -51,7 +51,9 @@ def kernel_environment(ipython: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # What a notebook computes is small: most of its time goes into compiling, and most of that into optimising.
     flags = "--xla_backend_optimization_level=0"
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "IPYTHONDIR": ipython, "XLA_FLAGS": flags}
+    # Where ipywidgets is missing tqdm says so, with the path of this machine's environment.
+    quiet = {"PYTHONWARNINGS": "ignore::Warning:tqdm.auto"}
+    return kept | quiet | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "IPYTHONDIR": ipython, "XLA_FLAGS": flags}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -117,7 +117,7 @@ def test_a_port_in_use(config: CommandConfig, busy_port: int) -> None:
         ({"vocab_size": 200}, "vocab_size is 200, but 256 bytes and 7 markers need at least 263"),
         ({"hidden_size": 15}, "hidden_size=15 must be a multiple of num_heads=2"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
-        ({"context_length": 100}, "context_length=100 must be a multiple of 64"),
+        ({"context_length": 100}, "context_length=100 must be a multiple of 16"),
         ({"rollouts_per_task": 0}, "rollouts_per_task=0 must be at least 1"),
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
         ({"iterations": -1}, "iterations=-1 must be at least 0"),

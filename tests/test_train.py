@@ -127,8 +127,8 @@ def test_an_update_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_one_program_for_each_row_length() -> None:
-    """The objective is traced once for its shapes and once a row length; other data, and more of it, compiles nothing again."""
+def test_one_program_for_each_shape_of_a_micro_batch() -> None:
+    """The objective is traced once for its shapes and once for each shape of a micro-batch; other data, and more of it, compiles nothing."""
     traced = []
 
     def loss(inputs: Any) -> Any:
@@ -139,10 +139,10 @@ def test_one_program_for_each_row_length() -> None:
     params = tiny_policy().params
     batches = [packed_in(SMALL, seed) for seed in (3, 4, 5)]
     made = [edges_of(packed, table, step, params) for packed, table in batches]
-    assert {r.tokens.shape for packed, _ in batches for r in packed.rows} == {(4, 16), (2, 32)}
+    assert {r.tokens.shape for packed, _ in batches for r in packed.rows} == {(2, 16), (2, 32), (1, 32)}
     state = step.init(params)
     state, _ = step.update(state, batches[0][0].rows, made[0])
-    assert len(traced) == 1 + 2
+    assert len(traced) == 1 + 3
 
     compiled = []
     listener = lambda event, *_, **__: compiled.append(event) if "compile" in event else None  # noqa: E731
@@ -155,7 +155,7 @@ def test_one_program_for_each_row_length() -> None:
         jax.monitoring.unregister_event_duration_listener(listener)
     for (packed, _), edges in zip(batches, made, strict=True):
         state, _ = step.update(state, packed.rows, edges)
-    assert len(traced) == 1 + 2
+    assert len(traced) == 1 + 3
 
 
 def test_scores_are_the_old_logprobs_of_the_update() -> None:

@@ -158,7 +158,7 @@ def test_sees_one_shape_whatever_there_is_to_score() -> None:
     transitions = some_calls()
     for count in (1, 7, len(transitions)):
         response_logps(weights(), transitions[:count], score=watched, rows=ROWS)
-    assert watched.shapes == {(((8, 128),), (1, 256))}
+    assert watched.shapes == {(((4, 128),), (1, 256))}
 
 
 def test_what_occurs_again_is_computed_once() -> None:
