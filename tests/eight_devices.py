@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -13,13 +14,12 @@ import optax
 import pytest
 
 from lightningrl import scaling
-from lightningrl.model.cache import init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.lora import LoraSettings, adapter_sharding
 from lightningrl.model.params import init_params, shapes
 from lightningrl.packing.rows import Rows, RowSettings
 from lightningrl.policies import pack_policies, start_policies, update_policies, weights
-from lightningrl.sampler.steps import SlotState, decode, prefill
+from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sharding import (
     HOST,
     ShardingRules,
@@ -34,6 +34,7 @@ from lightningrl.sharding import (
     replicated,
 )
 from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.types import Completion, SamplingParams
 from lightningrl.warm_start import _edges_of
 from tests import small_step as small
 from tests import test_train as one
@@ -189,42 +190,25 @@ def test_the_mesh_puts_tensor_innermost() -> None:
 SLOTS, LENGTH = 8, 32
 
 
-def sampled(mesh: Any) -> tuple[Any, Any, Any]:
-    """Every slot reads a prompt and writes eight tokens."""
+def sampled(mesh: Any) -> tuple[Any, Any, list[Completion]]:
+    """Eight prompts are read and eight tokens written after each."""
     params = place(init_params(SHAPE, jax.random.key(0)), params_sharding(SHAPE, mesh, ShardingRules(embed=None)))
-    at = cache_sharding(SHAPE, mesh, SLOTS)
-    cache = jax.jit(lambda: init_cache(SHAPE, SLOTS, LENGTH), out_shardings=at)()
+    nothing_ends = types.SimpleNamespace(eos_token_id=-1, decode=lambda tokens, **_: "")
     prompts = np.random.default_rng(0).integers(0, 256, (SLOTS, 8)).astype(np.int32)
-    for slots in (np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)):
-        cache = prefill(params, cache, slots, prompts[slots], np.zeros(4, np.int32), config=SHAPE)
-    state = SlotState(
-        token=prompts[:, -1],
-        position=np.full(SLOTS, 7, np.int32),
-        generated=np.zeros(SLOTS, np.int32),
-        max_tokens=np.full(SLOTS, 8, np.int32),
-        active=np.ones(SLOTS, bool),
-        key=np.stack([np.zeros(SLOTS), np.arange(SLOTS)], -1).astype(np.uint32),
-        temperature=np.ones(SLOTS, np.float32),
-        top_p=np.ones(SLOTS, np.float32),
-        top_k=np.zeros(SLOTS, np.int32),
-        alternatives=np.zeros(SLOTS, bool),
-    )
-    bursts = []
-    for _ in range(2):
-        cache, state, burst = decode(params, cache, jax.tree.map(jnp.asarray, state), config=SHAPE, steps=4, end_token=-1)
-        bursts.append(jax.device_get(burst))
-    return cache, at, bursts
+    with PolicySampler(params, SHAPE, nothing_ends, SamplerSettings(slots=SLOTS, context_length=LENGTH), mesh=mesh) as sampler:
+        futures = [sampler.submit(prompt, SamplingParams(8), (i, 0)) for i, prompt in enumerate(prompts)]
+        done = [future.result(120) for future in futures]
+        return sampler._cache, cache_sharding(SHAPE, mesh, SLOTS), done
 
 
 def test_the_cache_is_split_and_stays_so_and_samples_the_same() -> None:
-    """Slots over data and fsdp, key/value heads over tensor: an eighth on each of 2 × 2 × 2 devices."""
-    (cache, at, bursts), (whole, _, expected) = sampled(make_mesh(2, 2, 2)), sampled(make_mesh())
+    """Slots over data and fsdp, key/value heads over tensor."""
+    (cache, at, done), (_, _, expected) = sampled(make_mesh(2, 2, 2)), sampled(make_mesh())
     for array, sharding in zip(jax.tree.leaves(cache), jax.tree.leaves(at), strict=True):
-        assert array.sharding.is_equivalent_to(sharding, 4), array.sharding
-    assert bytes_of(cache) * 8 == bytes_of(whole)
-    for burst, other in zip(bursts, expected, strict=True):
-        np.testing.assert_array_equal(burst.token, other.token)
-        np.testing.assert_allclose(burst.logprob, other.logprob, rtol=0, atol=1e-5)
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    for split, other in zip(done, expected, strict=True):
+        np.testing.assert_array_equal(split.token_ids, other.token_ids)
+        np.testing.assert_allclose(split.logprobs, other.logprobs, rtol=0, atol=1e-5)  # sums over heads are taken in another order
 
 
 def test_slots_or_heads_that_do_not_divide_stay_whole() -> None:

@@ -31,7 +31,7 @@ def step(dtype: Any = None) -> TrainStep:
 @functools.cache
 def batch() -> PackedBatch:
     flat = [t for r in recorded() for t in r.transitions]
-    return pack(flat, range(len(flat)), [i for i, r in enumerate(recorded()) for _ in r.transitions], ROWS)
+    return pack(flat, range(len(flat)), ROWS)
 
 
 @functools.cache

@@ -128,7 +128,7 @@ def test_an_update_of_nothing_is_refused() -> None:
 
 @pytest.mark.slow
 def test_one_program_for_each_shape_of_a_micro_batch() -> None:
-    """The objective is traced once for its shapes and once for each shape of a micro-batch; other data, and more of it, compiles nothing."""
+    """The objective is traced once for shapes and once for each shape of a micro-batch; other data, and more of it, compiles nothing."""
     traced = []
 
     def loss(inputs: Any) -> Any:
