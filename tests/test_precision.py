@@ -99,7 +99,7 @@ def test_sampler_and_trainer_in_bfloat16_differ_by_its_rounding_alone() -> None:
         futures = [sampler.submit(p, SamplingParams(16), (i, 0)) for i, p in enumerate(prompts)]
         done = [future.result(60) for future in futures]
     calls = [Transition(p, c.token_ids, c.logprobs, 1.0, 0, "policy", 0) for p, c in zip(prompts, done, strict=True)]
-    packed = pack(calls, range(16), range(16), ROWS)
+    packed = pack(calls, range(16), ROWS)
     edges, mask = packed.edges, np.asarray(packed.edges.mask)
     ours, exact = (np.asarray(s.score(params(), packed.rows, edges).logp)[mask] for s in (trainer, step()))
     gap, rounding = np.abs(ours - edges.behaviour_logp[mask]), np.abs(ours - exact)
