@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from lightningrl import scaling
+from lightningrl.model.attention import choose_attention
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.lora import LoraSettings, adapter_sharding
 from lightningrl.model.params import init_params, shapes
@@ -243,19 +244,19 @@ def test_a_billion_parameters_take_the_bytes_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"),
+    ("model", "shape", "length"),
     [
-        (SHAPE, (2, 2, 2)),
-        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (1, 1, 1)),
-        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (8, 1, 1)),
-        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (1, 4, 2)),
+        (SHAPE, (2, 2, 2), 256),  # short enough for dense attention
+        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (1, 1, 1), 512),
+        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (8, 1, 1), 512),
+        (dataclasses.replace(scaling.LLAMA_1B, num_layers=2), (1, 4, 2), 512),
     ],
 )
-def test_a_micro_batch_takes_the_bytes_of_the_formula(model: ModelConfig, shape: tuple[int, int, int]) -> None:
+def test_a_micro_batch_takes_the_bytes_of_the_formula(model: ModelConfig, shape: tuple[int, int, int], length: int) -> None:
     """What adding up its gradient holds for a while, within a factor of two: the compiler reuses and keeps buffers as it likes."""
     mesh, ways = scaling.Mesh(*shape), shape[0] * shape[1]
     step = TrainStep(model, one.LIGHTNINGRL, ADAM, make_mesh(*shape))
-    length, edges = 512, 128 * ways
+    edges = 128 * ways
     rows = Rows(*(np.zeros((ways, length), np.int32) for _ in range(3)))
     packed, _ = one.packed_in(one.ONE_ROW_LENGTH)
     table = jax.tree.map(lambda x: np.zeros(edges, x.dtype), _edges_of(packed))
@@ -269,9 +270,10 @@ def test_a_micro_batch_takes_the_bytes_of_the_formula(model: ModelConfig, shape:
     total = (abstract(gradients, step._state_at.params), abstract(metrics, step._whole))
     memory = step._accumulate.lower(total, params, None, *batch).compile().memory_analysis()
     assert memory.argument_size_in_bytes == pytest.approx(2 * scaling.gradient_bytes(model, mesh), rel=0.05, abs=1e5)
-    # As the step is without bfloat16, remat, blockwise attention and a loss in chunks.
+    # As the step is without bfloat16, remat and a loss in chunks.
+    dense = choose_attention(length, "cpu") == "dense"
     plain = scaling.Workload(
-        tokens=ways * length, edges=edges, row=length, chunk=model.vocab_size, compute_bytes=4, remat=False, dense_attention=True
+        tokens=ways * length, edges=edges, row=length, chunk=model.vocab_size, compute_bytes=4, remat=False, dense_attention=dense
     )
     expected = scaling.passing_bytes(model, mesh, plain)
     assert expected / 2 <= memory.temp_size_in_bytes <= 2 * expected
