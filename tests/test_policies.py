@@ -103,6 +103,7 @@ def test_an_update_consumes_the_adapter_and_not_the_base() -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((start.params, after)))
 
 
+@pytest.mark.slow
 def test_a_role_is_trained_as_if_it_were_alone() -> None:
     """Bit for bit the update of one adapter on the calls of that role, whatever the other role does."""
     policies = with_factors(start_policies(step(), params(), ROLES))

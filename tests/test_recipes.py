@@ -49,6 +49,7 @@ def objective(recipe, table, tokens, evidence):
     return jax.value_and_grad(objective_of)(tokens.old_logp)
 
 
+@pytest.mark.slow
 @EACH
 def test_runs_from_table_to_gradient_under_jit(name):
     table = batch()
@@ -74,6 +75,7 @@ def test_reward_to_go_without_intermediate_rewards_is_lightningrl():
     assert advantage("lightningrl", table).tolist() == advantage("lightningrl_rtg", table).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["token_ppo", "bi_level_gae"])
 def test_a_token_critic_learns_advantage_plus_value(name):
     """γ and λ of the target are those of the advantage."""

@@ -54,6 +54,7 @@ def trained(policies: Policies, of: TrainStep, updates: int) -> list[Any]:
     return [*seen, policies]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "roles"), [(None, ()), (LORA, ROLES)])
 @pytest.mark.usefixtures("no_decoder")
 def test_the_mean_after_every_update(lora: LoraSettings | None, roles: tuple[str, ...]) -> None:

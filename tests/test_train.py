@@ -88,6 +88,7 @@ def test_micro_batches_change_nothing() -> None:
     assert max(jax.tree.leaves(moved)) > 1e-3  # far more than what `close` lets pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fraction", "settings"),
     [

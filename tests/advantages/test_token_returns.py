@@ -139,6 +139,7 @@ def test_packing_does_not_matter(name):
     np.testing.assert_allclose(SPREADS[name][0](table, cut(tokens), NOTHING, cut(evidence)), plain.reshape(4, 6), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @NAMES
 def test_nan_without_a_loss_reaches_nothing(name):
     table = ragged()

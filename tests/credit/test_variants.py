@@ -154,6 +154,7 @@ def compiled() -> tuple[dict[str, chex.ArrayTree], dict[str, chex.ArrayTree]]:
     return one, other
 
 
+@pytest.mark.slow
 @NAMES
 def test_is_the_same_under_jit_and_vmap_as_without(name):
     """Up to what the compiler rounds differently when it fuses; the kind of a credit is in the tree's structure."""

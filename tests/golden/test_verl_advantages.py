@@ -132,6 +132,7 @@ def token_baseline(case):
     return golden, rows.grid(run(rows.table, rows.tokens, None, Evidence(sum_pi2=DRAWN["sum_pi2"].ravel())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "/zero_tail", "/weighted"])
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_optimal_token_baselines(name, variant):

@@ -118,6 +118,7 @@ def test_policy_losses(case):
     assert np.abs(check(case)).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in VERL.under("weighted") if case not in NOT_REPRODUCED])
 def test_policy_losses_with_importance_weights(case):
     check(case)

@@ -138,6 +138,7 @@ def pattern(ids: np.ndarray) -> list[int]:
     return [list(dict.fromkeys(ids.tolist())).index(x) for x in ids.tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["groups", "trees"])
 @pytest.mark.parametrize("name", ["one_to_blame", "mistake_and_recovery", "key_used_late", "distractor_turn"])
 def test_the_table_is_what_the_library_makes_of_the_same_rollouts(name, kind):

@@ -47,6 +47,7 @@ def check(name: str, seed: int, dtype: Any, tolerance: float) -> None:
         np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max()))
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @settings(max_examples=6)
 @given(seed=seeds)
@@ -55,6 +56,7 @@ def test_is_that_of_loops(name: str, seed: int) -> None:
     check(name, seed, jnp.float32, 3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "pallas"])
 @settings(max_examples=4)
 @given(seed=seeds)
@@ -100,6 +102,7 @@ def test_nobody_sees_padding_or_another_trie(name: str) -> None:
         assert np.isfinite(np.asarray(b)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["dense", "blocks", "pallas"])
 def test_a_name_stands_for_its_implementation(named: Any) -> None:
     q, k, v, dout, end = random_row(np.random.default_rng(2), rows=1, groups=1, length=20)

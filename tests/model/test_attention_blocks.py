@@ -28,6 +28,7 @@ def temporary(attention: Callable[..., jax.Array], length: int) -> int:
     return compiled(attention, length).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_row() -> None:
     small, large = temporary(attend_blocks, 1024), temporary(attend_blocks, 2048)
     assert large <= 2.2 * small
@@ -40,6 +41,7 @@ def test_no_array_of_tokens_by_tokens_exists() -> None:
     assert max(sizes) >= 4 * 2048 * 32  # q's own size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [attend_blocks, attend_pallas])
 def test_blocks_that_nobody_sees_are_not_computed(attention: Callable[..., jax.Array]) -> None:
     """NaN times a weight of 0 is NaN: whoever computes a masked block with NaN in it carries it on, and nobody does."""

@@ -12,6 +12,7 @@ from lightningrl.model.attention_pallas import attend_pallas
 from tests.model.tries import loops, random_row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "head_dim"), [(1, 16), (3, 24)], ids=["d 16", "d 24, padded to 32"])
 def test_bfloat16_in_float32_sums(groups: int, head_dim: int) -> None:
     q, k, v, dout, end = random_row(np.random.default_rng(0), groups=groups, length=40, head_dim=head_dim)

@@ -52,12 +52,14 @@ def loss_and_gradient(attention: Any, remat: Any) -> Any:
     return jax.tree.map(np.asarray, lowered(CONFIG, attention, remat).compile()(init_params(CONFIG, jax.random.key(0))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "blocks", "pallas", attend_dense])
 def test_every_attention_gives_the_same_gradients(attention: Any) -> None:
     for a, b in zip(jax.tree.leaves(loss_and_gradient(attention, "none")), jax.tree.leaves(loss_and_gradient(None, "none")), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "blocks"])
 @pytest.mark.parametrize("remat", ["layers", "dots"])
 def test_computing_again_gives_the_same_gradients(attention: str, remat: str) -> None:
@@ -67,6 +69,7 @@ def test_computing_again_gives_the_same_gradients(attention: str, remat: str) ->
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(np.abs(b).max(), 1e-3))  # the compiler may fuse otherwise
 
 
+@pytest.mark.slow
 def test_computing_again_takes_less_memory() -> None:
     deep = dataclasses.replace(CONFIG, num_layers=4)
     none, dots, layers = (temporary(deep, remat) for remat in ("none", "dots", "layers"))

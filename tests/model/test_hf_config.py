@@ -158,6 +158,7 @@ def test_configs_of_the_hub_are_read(kind: str) -> None:
     assert config_from_hf(fields, "config.json") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OF_THE_HUB)
 def test_transformers_5_writes_the_same_decoder(kind: str, tmp_path: pathlib.Path) -> None:
     fields, expected = OF_THE_HUB[kind]

@@ -52,6 +52,7 @@ def test_equals_the_definition_in_float64(chunk: int, tied: bool) -> None:
             np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 49])
 def test_gradients_equal_those_of_whole_logits(chunk: int) -> None:
     hidden, head, token, temperature = inputs(np.float32)

@@ -84,6 +84,7 @@ def scored(packed: PackedBatch, weights: np.ndarray) -> tuple[np.ndarray, Any]:
     return found, total
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(groups(), st.integers(0, 1000))
 def test_scores_and_gradients_of_any_group_are_those_of_plain_rows(calls: list[Transition], seed: int) -> None:
@@ -126,6 +127,7 @@ def distinct(recipe: Recipe) -> str:
 OBJECTIVES = list({distinct(recipe): name for name, recipe in reversed(RECIPES.items())}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_of_every_recipe_is_that_of_plain_rows(name: str) -> None:
     lengths = [[2, 3], [2, 3], [1], [4, 1, 2]]

@@ -27,6 +27,7 @@ def make(weights: Any) -> PolicySampler:
     return PolicySampler(weights, CONFIG, Tokens(), SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_call_goes_to_the_weights_of_its_role() -> None:
     weights = {"reader": params(1), "writer": params(2)}
     alone = {}

@@ -35,6 +35,7 @@ def test_too_small_a_maximum_is_refused(tmp_path, capsys):
     assert "--max must be at least 1000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_the_other_scans_are_the_same_recursion(data):

@@ -25,6 +25,7 @@ def test_names_tell_mutants_apart_and_list_prints_them(capsys):
         mutate.main(["--only=nothing of the kind"])
 
 
+@pytest.mark.slow
 def test_kills_what_a_test_catches_and_reports_what_survives(tmp_path, monkeypatch, capsys):
     """A tree of two files, in which one mutant is caught and another is not."""
     (tmp_path / "lightningrl").mkdir()
