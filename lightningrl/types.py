@@ -101,11 +101,16 @@ class Transition:
 
 @dataclasses.dataclass(frozen=True)
 class DemonstratedCall:
-    """One LLM call of a demonstration: what was asked, as OpenAI messages, and what was answered."""
+    """One LLM call of a demonstration: what was asked, as OpenAI messages, and what was answered.
+
+    Responses are text as the policy writes it, tool calls included (`<tool_call>{"name": …, "arguments": …}</tool_call>`), and so are
+    those that later calls quote as assistant messages.
+    """
 
     role: str
     messages: tuple[Mapping[str, Any], ...]
     response: str
+    tools: tuple[Mapping[str, Any], ...] = ()  # OpenAI definitions of the tools that were offered
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from lightningrl import losses
 from lightningrl.checkpoint import load_params, save_params
 from lightningrl.distributed import from_first, is_first
-from lightningrl.gateway.protocol import Message
+from lightningrl.gateway.protocol import Message, Tool
 from lightningrl.gateway.rendering import Renderer
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params, shapes
@@ -65,7 +65,7 @@ def encode(demonstration: Demonstration, renderer: Renderer) -> list[Transition]
     done: list[tuple[list[dict[str, Any]], np.ndarray, Transition]] = []
     for turn, call in enumerate(demonstration):
         messages = [dict(m) for m in call.messages]
-        ids, continues = _prompt_ids(messages, done, renderer)
+        ids, continues = _prompt_ids(messages, call.tools, done, renderer)
         response = np.array([*renderer.raw(call.response), renderer.end_id], np.int32)
         transition = Transition(
             prompt_ids=ids,
@@ -84,7 +84,10 @@ def encode(demonstration: Demonstration, renderer: Renderer) -> list[Transition]
 
 
 def _prompt_ids(
-    messages: list[dict[str, Any]], done: list[tuple[list[dict[str, Any]], np.ndarray, Transition]], renderer: Renderer
+    messages: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    done: list[tuple[list[dict[str, Any]], np.ndarray, Transition]],
+    renderer: Renderer,
 ) -> tuple[np.ndarray, int | None]:
     for turn in range(len(done) - 1, -1, -1):
         answered, ids, _ = done[turn]
@@ -92,7 +95,8 @@ def _prompt_ids(
             new = renderer.continuation([Message.model_validate(m) for m in messages[len(answered) :]], ended=True)
             if new is not None:
                 return np.concatenate([ids, np.array(new, np.int32)]), turn
-    return np.array(renderer.prompt([Message.model_validate(m) for m in messages], ()), np.int32), None
+    offered = [Tool.model_validate(tool) for tool in tools]
+    return np.array(renderer.prompt([Message.model_validate(m) for m in messages], offered), np.int32), None
 
 
 def imitate(
