@@ -76,7 +76,7 @@ def advantages(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=32).astype(np.float32)
 
 
-def mean_so_far(params: Any, config: Any, rows: Rows, edges: TokenTable) -> Scores:
+def mean_so_far(params: Any, config: Any, rows: Rows, edges: TokenTable, **_: Any) -> Scores:
     """In place of `train.score_edges`, where no decoder is needed: quick to compile, and computed in the dtype of the parameters."""
     embedded = params["embedding"][rows.tokens]
     hidden = jnp.tanh(

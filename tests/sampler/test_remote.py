@@ -259,7 +259,7 @@ def test_an_engine_that_is_not_there(tmp_path: pathlib.Path, policy: Policy, con
     config = dataclasses.replace(config, engine="http://127.0.0.1:1/v1")
     step = TrainStep(policy.config, get_recipe("lightningrl"), optax.sgd(1.0), make_mesh())
     with pytest.raises(UserError, match=r"there is no engine at http://127.0.0.1:1/v1 \(.+\): give the --engine of one that runs"):
-        make_sampler(step, (), policy, config, SamplerSettings())
+        make_sampler(step, (), policy, config)
     with remote("http://127.0.0.1:1", tmp_path, policy) as sampler:
         with pytest.raises(EngineError, match="the engine at http://127.0.0.1:1 cannot be reached"):
             sampler.submit(PROMPT, SamplingParams(3), (0, 0)).result(60)
