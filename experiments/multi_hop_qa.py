@@ -51,7 +51,9 @@ class Config(TrainingConfig):
     """The quickstart's settings for this task."""
 
     out: str = setting("runs/multi_hop_qa", "folder for everything the run leaves; a run that is there already goes on", free=True)
-    data_dir: str | None = setting(None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated")
+    data_dir: str | None = setting(
+        None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
+    )
     worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
     context_length: int = setting(320, "tokens of a prompt and its response, at most")
     max_tokens: int = setting(32, "of a response, at most, in training and evaluation")

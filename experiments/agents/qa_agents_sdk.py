@@ -96,9 +96,7 @@ def bm25(corpus: str, query: str, results: int = RESULTS) -> str:
     return "\n".join(f"{passages[i]['title']}: {passages[i]['text'][:MAX_CHARS]}" for i in found)
 
 
-async def answer(
-    task: Mapping[str, Any], base_url: str, api_key: str, search: Search = bm25, api: API = "chat", model: str = MODEL
-) -> str:
+async def answer(task: Mapping[str, Any], base_url: str, api_key: str, search: Search = bm25, api: API = "chat", model: str = MODEL) -> str:
     """Answers `task["question"]` from the passages in `task["corpus"]`; returns the last reply, which holds `<answer> … </answer>`.
 
     It is empty if the agent was still searching after `MAX_TURNS` calls. `task["results"]`, if given, is how many passages a
