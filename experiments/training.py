@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,9 @@ Q = TypeVar("Q")  # a question: a frozen dataclass, of fields that JSON can hold
 class TrainingConfig(FitConfig):
     """Settings that every experiment has."""
 
+    runner: Literal["local", "processes", "ray"] = setting(
+        "processes", "where agents run: in this process, in others beside it, or on the hosts of a Ray cluster", free=True
+    )
     data_dir: str | None = setting(None, "real data, in its official layout; none: generated")
     questions: int = setting(2400, "questions, training and held-out together")
     heldout_questions: int = setting(240, "of those, held out")
