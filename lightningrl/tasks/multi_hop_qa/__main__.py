@@ -1,9 +1,9 @@
 """Is a multi-hop download whole? `python -m lightningrl.tasks.multi_hop_qa --check DIR` runs every gold answer in it.
 
-DIR is a data set with `corpus.jsonl`, or a folder of several. Prints one JSON object: `questions`; `gold_score`, the share of questions whose
-gold answer, as an agent would say it, earns 1 under the reward, and each of whose supporting passages is found by a search for its own
-title and text; `all_support_in_top_20` by data set and split, the share of questions of which a search for the raw question finds all
-supporting passages; `seconds`; and `failed`, the ids of questions whose gold answer does not score.
+DIR is a data set with `corpus.jsonl`, or a folder of several. Prints one JSON object: `questions`; `gold_score`, the share of
+questions whose gold answer, as an agent would say it, earns 1 under the reward, and each of whose supporting passages is found by a
+search for its own title and text; `all_support_in_top_20` by data set and split, the share of questions of which a search for the raw
+question finds all supporting passages; `seconds`; and `failed`, the ids of questions whose gold answer does not score.
 """
 
 from __future__ import annotations

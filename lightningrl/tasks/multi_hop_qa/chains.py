@@ -33,7 +33,7 @@ def generate_questions(
     for i in range(count):
         for _ in range(_DRAWS):
             chain = _chain(world, hops[i % len(hops)], rng)
-            if chain is None or (question := _question(chain, world, corpus, rng)).question in questions:
+            if chain is None or (question := _question(chain, world, corpus)).question in questions:
                 continue
             if len(question.wrong) >= 2 and all(retriever.ranked(fact.title, 1) == [numbers[fact.title]] for fact in chain):
                 questions[question.question] = question
@@ -63,13 +63,13 @@ def _chain(world: World, hops: int, rng: np.random.Generator) -> list[Fact] | No
     return chain if len(set(met)) == len(met) else None
 
 
-def _question(chain: list[Fact], world: World, corpus: Path, rng: np.random.Generator) -> Question:
+def _question(chain: list[Fact], world: World, corpus: Path) -> Question:
     relations = [fact.relation for fact in chain]
     who = "Who" if relations[-1].object == "person" else "What"
     text = f"{who} is the {' of the '.join(relation.name for relation in reversed(relations))} of {chain[0].subject}?"
     gold = Attempt("gold", tuple(fact.title for fact in chain), chain[-1].object)
     wrong: dict[str, Attempt] = {}
-    for attempt in _mistakes(chain, world, rng):
+    for attempt in _mistakes(chain, world):
         if attempt.answer != gold.answer and (attempt.searches, attempt.answer) not in {(a.searches, a.answer) for a in wrong.values()}:
             wrong.setdefault(attempt.kind, attempt)
     titles = [fact.title for fact in world.facts]
@@ -87,17 +87,17 @@ def _question(chain: list[Fact], world: World, corpus: Path, rng: np.random.Gene
     )
 
 
-def _mistakes(chain: list[Fact], world: World, rng: np.random.Generator) -> Iterator[Attempt]:
+def _mistakes(chain: list[Fact], world: World) -> Iterator[Attempt]:
     relations = [fact.relation for fact in chain]
     searches = tuple(fact.title for fact in chain)
     yield Attempt("stops_early", searches[:-1], chain[-2].object)
 
-    at = int(rng.integers(len(chain)))
-    alike = [r for r in relations_of(relations[at].subject) if r.object == relations[at].object and r != relations[at]]
-    yield _from(chain[:at], chain[at].subject, [alike[0], *relations[at + 1 :]], "wrong_relation", world)
+    last = chain[-1]
+    alike = [r for r in relations_of(last.relation.subject) if r.object == last.relation.object and r != last.relation]
+    yield _from(chain[:-1], last.subject, alike[:1], "wrong_relation", world)
 
     # After a search, the entity that the passage named beside the right one, or the one that was searched for before.
-    for at in rng.permutation(np.arange(1, len(chain))).tolist():
+    for at in range(len(chain) - 1, 0, -1):
         before = chain[at - 1]
         others = [entity for entity in (before.former, before.subject) if entity and world.fact(entity, relations[at].name)]
         if others:

@@ -34,7 +34,7 @@ class Prompts:
 class Habits:
     """How often the demonstrator is right, and what it does otherwise. Probabilities, each in [0, 1]."""
 
-    right: tuple[float, float] = (0.2, 0.5)  # by kind of question: drawn from this range
+    right: tuple[float, float] = (0.15, 0.45)  # by kind of question: drawn from this range
     favourite: float = 0.85  # of the wrong runs, those with the kind's favourite mistake; the other mistakes share the rest
     seed: int = 0  # which mistake is whose favourite
 

@@ -63,8 +63,8 @@ class Bm25:
         if place is None or not place.is_dir():
             shown = sys.stderr.isatty() and len(passages) >= _LARGE
             words = bm25s.tokenize(contents, stopwords="en", show_progress=shown)
-            if not words.vocab:  # a corpus of stop words alone
-                words.vocab[""] = 0
+            if not words.vocab:  # a corpus of stop words alone: every passage gets one word that no query has
+                words = bm25s.tokenization.Tokenized([[0] for _ in passages], {"": 0})
             self._index.index(words, show_progress=shown)
             if place is not None:
                 _keep(place, lambda partial: self._index.save(partial, show_progress=False))
