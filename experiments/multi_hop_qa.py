@@ -22,7 +22,7 @@ from experiments import training
 from experiments.agents import qa_agents_sdk
 from experiments.training import Data, Experiment, TrainingConfig
 from lightningrl import flags
-from lightningrl.config import setting
+from lightningrl.config import FitConfig, cache_folder, setting
 from lightningrl.fit import Fitted
 from lightningrl.runtime.store import Store
 from lightningrl.tasks.multi_hop_qa import chains, metric
@@ -55,8 +55,8 @@ class Config(TrainingConfig):
         None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
     )
     worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
-    reading_steps: int = setting(170, "updates in which a new policy learns to read the demonstrations, prompts included")
-    imitation_steps: int = setting(110, "updates on the demonstrations' responses after that")
+    reading_steps: int = setting(200, "updates in which a new policy learns to read the demonstrations, prompts included")
+    imitation_steps: int = setting(140, "updates on the demonstrations' responses after that")
     context_length: int = setting(320, "tokens of a prompt and its response, at most")
     max_tokens: int = setting(32, "of a response, at most, in training and evaluation")
 
@@ -154,8 +154,10 @@ def report(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
     return scores
 
 
+SEARCHES = cache_folder(FitConfig()) / "retrieval"  # indexes of large corpora, by content hash
+
 EXPERIMENT = Experiment(
-    agent=functools.partial(qa_agents_sdk.answer, search=search_as_text),
+    agent=functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=SEARCHES)),
     reward=reward,
     load=load_data,
     read=question_from,

@@ -57,12 +57,8 @@ async def search(context: agents.RunContextWrapper[Library], query: str) -> str:
     return library.find(library.corpus, query, library.results)
 
 
-AGENT = agents.Agent[Library](
-    name="researcher",
-    instructions=SYSTEM,
-    tools=[search],
-    model_settings=agents.ModelSettings(temperature=1.0, max_tokens=MAX_TOKENS),
-)
+UNTRACED = agents.RunConfig(tracing_disabled=True)
+SETTINGS = agents.ModelSettings(temperature=1.0, max_tokens=MAX_TOKENS)
 
 
 @functools.lru_cache(maxsize=16)
@@ -96,7 +92,7 @@ def bm25(corpus: str, query: str, results: int = RESULTS) -> str:
     return "\n".join(f"{passages[i]['title']}: {passages[i]['text'][:MAX_CHARS]}" for i in found)
 
 
-async def answer(task: Mapping[str, Any], base_url: str, api_key: str, search: Search = bm25, api: API = "chat", model: str = MODEL) -> str:
+async def answer(task: Mapping[str, Any], base_url: str, api_key: str, find: Search = bm25, api: API = "chat", model: str = MODEL) -> str:
     """Answers `task["question"]` from the passages in `task["corpus"]`; returns the last reply, which holds `<answer> … </answer>`.
 
     It is empty if the agent was still searching after `MAX_TURNS` calls. `task["results"]`, if given, is how many passages a
@@ -104,11 +100,14 @@ async def answer(task: Mapping[str, Any], base_url: str, api_key: str, search: S
     """
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, http_client=connections(base_url))
     kind = agents.OpenAIResponsesModel if api == "responses" else agents.OpenAIChatCompletionsModel
-    library = Library(task["corpus"], task.get("results", RESULTS), search)
-    config = agents.RunConfig(model=kind(model, client), tracing_disabled=True)
+    # An agent for every run: with one for all, the SDK looks at every run of it in every turn.
+    agent = agents.Agent[Library](
+        name="researcher", instructions=SYSTEM, tools=[search], model=kind(model, client), model_settings=SETTINGS
+    )
+    library = Library(task["corpus"], task.get("results", RESULTS), find)
+    request = REQUEST.format(question=task["question"])
     try:
-        request = REQUEST.format(question=task["question"])
-        result = await agents.Runner.run(AGENT, request, context=library, max_turns=MAX_TURNS, run_config=config)
+        result = await agents.Runner.run(agent, request, context=library, max_turns=MAX_TURNS, run_config=UNTRACED)
     except agents.MaxTurnsExceeded:
         return ""
     return result.final_output

@@ -60,7 +60,7 @@ class Endpoint:
     def run(self, script: Sequence[str], task: dict[str, Any], **options: Any) -> Rollout:
         # By how many replies there are in the prompt, so that an answer does not depend on what else is asked meanwhile.
         self.sampler.restart(lambda prompt: script[prompt.count("assistant\n") - 1])
-        agent = functools.partial(answer, search=search_as_text, **options)
+        agent = functools.partial(answer, find=search_as_text, **options)
         runner = Runner(self.gateway, agent, multi_hop_qa.reward, RunnerSettings(max_attempts=1), (new_support,))
         target = {"gold": "Rome", "aliases": [], "support": ["owner of Mill", "birthplace of Ann"]}
         requests = rollout_requests([Task("t", task, target)], phase="train", iteration=0, samples=1)

@@ -96,12 +96,11 @@ def _mistakes(chain: list[Fact], world: World) -> Iterator[Attempt]:
     alike = [r for r in relations_of(last.relation.subject) if r.object == last.relation.object and r != last.relation]
     yield _from(chain[:-1], last.subject, alike[:1], "wrong_relation", world)
 
-    # After a search, the entity that the passage named beside the right one, or the one that was searched for before.
+    # The entity that a passage names beside the right one, of the last passage that names one and leads on.
     for at in range(len(chain) - 1, 0, -1):
-        before = chain[at - 1]
-        others = [entity for entity in (before.former, before.subject) if entity and world.fact(entity, relations[at].name)]
-        if others:
-            yield _from(chain[:at], others[0], relations[at:], "wrong_entity", world)
+        other = chain[at - 1].former
+        if other and world.fact(other, relations[at].name):
+            yield _from(chain[:at], other, relations[at:], "wrong_entity", world)
             break
 
     if chain[-1].former:

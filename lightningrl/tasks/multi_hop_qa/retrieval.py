@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ Encoder = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [N, d]
 
 RESULTS = 3  # passages that a search returns, as in the paper's example
 MAX_CHARS = 600  # of a passage's text that an agent is shown
+_WORD = re.compile(r"\b\w\w+\b")
 _LARGE = 1000  # passages from which on an index is worth keeping on disk
 _OPEN_CORPORA = 256  # that a process keeps in memory
 
@@ -56,7 +58,7 @@ class Bm25:
         if not passages:
             raise ValueError("a corpus of no passages cannot be searched")
         self.passages = passages
-        self._words: Any = bm25s.tokenize
+        self._stop_words = frozenset(bm25s.stopwords.STOPWORDS_EN)
         contents = [f"{passage.title}\n{passage.text}" for passage in passages]
         place = None if cache is None else cache / f"bm25s-{bm25s.__version__}-{_digest(contents)}"
         self._index: Any = bm25s.BM25() if place is None or not place.is_dir() else bm25s.BM25.load(place, load_corpus=False)
@@ -71,7 +73,8 @@ class Bm25:
 
     def scores(self, query: str) -> np.ndarray:
         """float32 [N], one score per passage."""
-        (words,) = self._words([query], stopwords="en", return_ids=False, show_progress=False)
+        # As bm25s.tokenize has it, whose progress bars take longer than the search, even when they are off.
+        words = [word for word in _WORD.findall(query.lower()) if word not in self._stop_words]
         known = self._index.get_tokens_ids(words)
         return self._index.get_scores_from_ids(known) if known else np.zeros(len(self.passages), np.float32)
 

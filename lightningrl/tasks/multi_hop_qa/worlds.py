@@ -46,9 +46,9 @@ def _names(starts: str, ends: str) -> tuple[str, ...]:
 
 # Made of few syllables, so that a small tokenizer has a token for every name. No name is a word of the passages.
 NAMES = {
-    "person": _names("Bel Dor Fen Jas Kam Lor Mir Nal Ras Tov", "a an el i o"),
-    "town": _names("Ald Brin Cor Esk Hol", "by ford ham ton wick"),
-    "firm": _names("Axi Ome Poly Tri Ve", "corp lab med soft tec"),
+    "person": _names("Bel Dor Fen Jas Kam Lor Mir Nal", "a el i o"),
+    "town": _names("Ald Brin Cor Esk", "by ford ham ton"),
+    "firm": _names("Axi Ome Poly Tri", "corp lab med soft"),
 }
 
 
@@ -95,7 +95,7 @@ class World:
 
 
 def make_world(
-    name: str, rng: np.random.Generator, *, people: int = 12, towns: int = 6, firms: int = 6, former_share: float = 0.4
+    name: str, rng: np.random.Generator, *, people: int = 16, towns: int = 10, firms: int = 10, former_share: float = 0.2
 ) -> World:
     """A world of that many entities (at least 3 of a sort, at most as many as there are names), all chance from `rng`.
 

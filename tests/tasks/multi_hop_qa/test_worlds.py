@@ -19,8 +19,8 @@ from lightningrl.tasks.multi_hop_qa.worlds import NAMES, RELATIONS, build_worlds
 
 def test_every_entity_has_every_fact_of_its_sort() -> None:
     world = make_world("w", np.random.default_rng(0))
-    assert collections.Counter(world.sorts.values()) == {"person": 12, "town": 6, "firm": 6}
-    assert len(world.facts) == 12 * 6 + 6 * 2 + 6 * 4
+    assert collections.Counter(world.sorts.values()) == {"person": 16, "town": 10, "firm": 10}
+    assert len(world.facts) == 16 * 6 + 10 * 2 + 10 * 4
     for entity, sort in world.sorts.items():
         assert entity in NAMES[sort]
         for relation in RELATIONS:
@@ -30,7 +30,7 @@ def test_every_entity_has_every_fact_of_its_sort() -> None:
                 others = {fact.object} | ({fact.former} if fact.former else set())
                 assert entity not in others and len(others) == 1 + bool(fact.former)
                 assert {world.sorts[other] for other in others} == {relation.object}
-    assert 0.2 < np.mean([fact.former is not None for fact in world.facts]) < 0.6  # a share of 0.4 of 108
+    assert 0.05 < np.mean([fact.former is not None for fact in world.facts]) < 0.35  # a share of 0.2 of 156
 
 
 def test_a_passage_says_its_fact() -> None:
@@ -42,7 +42,7 @@ def test_a_passage_says_its_fact() -> None:
 
 
 def test_worlds_have_limits() -> None:
-    for counts in ({"people": 2}, {"towns": 26}, {"firms": 0}):
+    for counts in ({"people": 2}, {"towns": 17}, {"firms": 0}):
         with pytest.raises(ValueError, match="a world can have 3 to"):
             make_world("w", np.random.default_rng(0), **counts)
 
@@ -109,7 +109,7 @@ def test_mistakes_are_plausible_and_wrong(questions: list[Question]) -> None:
                     assert all(differs) and attempt.searches != gold
                 case "other_in_passage":
                     assert attempt.searches == gold
-    assert set(kinds) == {"stops_early", "wrong_relation", "wrong_entity", "other_in_passage"} and min(kinds.values()) >= 5
+    assert set(kinds) == {"stops_early", "wrong_relation", "wrong_entity", "other_in_passage"} and min(kinds.values()) >= 3
 
 
 def test_questions_are_the_same_again_and_in_equal_shares(tmp_path: Path) -> None:
