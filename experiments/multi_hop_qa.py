@@ -55,8 +55,9 @@ class Config(TrainingConfig):
         None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
     )
     worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
-    reading_steps: int = setting(200, "updates in which a new policy learns to read the demonstrations, prompts included")
-    imitation_steps: int = setting(140, "updates on the demonstrations' responses after that")
+    iterations: int = setting(30, "times the agents run and the policy is updated")
+    reading_steps: int = setting(170, "updates in which a new policy learns to read the demonstrations, prompts included")
+    imitation_steps: int = setting(120, "updates on the demonstrations' responses after that")
     context_length: int = setting(320, "tokens of a prompt and its response, at most")
     max_tokens: int = setting(32, "of a response, at most, in training and evaluation")
 

@@ -21,22 +21,23 @@ class Relation:
     subject: str  # sort of entity
     object: str
     phrase: str  # as passages say it
+    changes: bool = True  # there may have been another object before
 
 
 # Two from every sort to every other that it leads to, so that the wrong one of the two leads on as plausibly.
 RELATIONS = (
     Relation("teacher", "person", "person", "learned from"),
     Relation("rival", "person", "person", "competes with"),
-    Relation("birthplace", "person", "town", "was born in"),
+    Relation("birthplace", "person", "town", "was born in", changes=False),
     Relation("home", "person", "town", "lives in"),
     Relation("employer", "person", "firm", "works for"),
     Relation("sponsor", "person", "firm", "is paid by"),
-    Relation("founder", "firm", "person", "was founded by"),
+    Relation("founder", "firm", "person", "was founded by", changes=False),
     Relation("director", "firm", "person", "is led by"),
     Relation("seat", "firm", "town", "is based in"),
-    Relation("origin", "firm", "town", "started in"),
+    Relation("origin", "firm", "town", "started in", changes=False),
     Relation("mayor", "town", "person", "is governed by"),
-    Relation("patron", "town", "person", "is named after"),
+    Relation("patron", "town", "person", "is named after", changes=False),
 )
 
 
@@ -65,8 +66,8 @@ class Fact:
 
     @property
     def text(self) -> str:
-        before = f", formerly {self.former}" if self.former else ""
-        return f"{self.subject} {self.relation.phrase} {self.object}{before}."
+        before = f"After {self.former}, " if self.former else ""
+        return f"{before}{self.subject} {self.relation.phrase} {self.object}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +96,11 @@ class World:
 
 
 def make_world(
-    name: str, rng: np.random.Generator, *, people: int = 16, towns: int = 10, firms: int = 10, former_share: float = 0.2
+    name: str, rng: np.random.Generator, *, people: int = 16, towns: int = 10, firms: int = 10, former_share: float = 0.3
 ) -> World:
     """A world of that many entities (at least 3 of a sort, at most as many as there are names), all chance from `rng`.
 
-    `former_share` of the facts, in [0, 1], name a second entity of the object's sort.
+    `former_share` of the facts that may change, in [0, 1], name a second entity of the object's sort: what it was before.
     """
     counts = {"person": people, "town": towns, "firm": firms}
     for sort, count in counts.items():
@@ -114,7 +115,8 @@ def make_world(
                     continue
                 others = [entity for entity in entities[relation.object] if entity != subject]
                 now, before = rng.choice(others, 2, replace=False)
-                facts.append(Fact(subject, relation, str(now), str(before) if rng.random() < former_share else None))
+                changed = rng.random() < former_share and relation.changes
+                facts.append(Fact(subject, relation, str(now), str(before) if changed else None))
     order = rng.permutation(len(facts))  # a passage's place says nothing about what it is about
     return World(name, tuple(facts[i] for i in order))
 

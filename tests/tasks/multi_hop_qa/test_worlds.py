@@ -30,15 +30,17 @@ def test_every_entity_has_every_fact_of_its_sort() -> None:
                 others = {fact.object} | ({fact.former} if fact.former else set())
                 assert entity not in others and len(others) == 1 + bool(fact.former)
                 assert {world.sorts[other] for other in others} == {relation.object}
-    assert 0.05 < np.mean([fact.former is not None for fact in world.facts]) < 0.35  # a share of 0.2 of 156
+    changing = [fact.former is not None for fact in world.facts if fact.relation.changes]
+    assert 0.1 < np.mean(changing) < 0.5  # a share of 0.3 of 100
+    assert not any(fact.former for fact in world.facts if not fact.relation.changes)
 
 
 def test_a_passage_says_its_fact() -> None:
     world = make_world("w", np.random.default_rng(0))
     for fact, passage in zip(world.facts, world.passages(), strict=True):
         assert passage.title == f"{fact.relation.name} of {fact.subject}"
-        before = f", formerly {fact.former}." if fact.former else "."
-        assert passage.text == f"{fact.subject} {fact.relation.phrase} {fact.object}{before}"
+        before = f"After {fact.former}, " if fact.former else ""
+        assert passage.text == f"{before}{fact.subject} {fact.relation.phrase} {fact.object}."
 
 
 def test_worlds_have_limits() -> None:
@@ -82,8 +84,7 @@ def test_the_answer_is_read_off_the_gold_passages_in_turn(questions: list[Questi
         first = question.gold.searches[0].split(" of ")[1]
         assert question.question.split(" is ")[1] == f"the {' of the '.join(reversed(relations))} of {first}?"
         for query, later in zip(question.gold.searches, [*question.gold.searches[1:], f"answer of {question.answer}"], strict=True):
-            said = texts[query].rstrip(".").split(", formerly ")[0]
-            assert said.split()[-1] == later.split(" of ")[1]
+            assert texts[query].rstrip(".").split()[-1] == later.split(" of ")[1]
         assert len(set(relations)) == len(relations)
         assert question.question.startswith("Who" if question.answer in NAMES["person"] else "What")
 
