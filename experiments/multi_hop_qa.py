@@ -31,7 +31,7 @@ from lightningrl.tasks.multi_hop_qa.demonstrations import Habits, Prompts, demon
 from lightningrl.tasks.multi_hop_qa.questions import Attempt, Question
 from lightningrl.tasks.multi_hop_qa.retrieval import open_corpus, search_as_text
 from lightningrl.tasks.multi_hop_qa.worlds import build_worlds
-from lightningrl.types import Task
+from lightningrl.types import Rollout, Task
 from lightningrl.warm_start import Demonstration
 
 SEARCH = qa_agents_sdk.search
@@ -139,20 +139,27 @@ def demonstrations_for(questions: Sequence[Question], config: Config) -> list[De
 
 def report(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
     """Exact match and F1 on the held-out questions before and after, and the reward by hops after."""
-    scores: dict[str, Any] = {}
     questions = {q.id: q for q in data.heldout}
-    last = fitted.metrics[-1]["iteration"]
     with Store(fitted.out / "rollouts.sqlite") as store:
-        for name, iteration in (("before", 0), ("after", last)):
-            rollouts = [r for r in store.read("heldout", iteration) if r.status == "ok"]
-            said = [(questions[r.task.id], metric.answer_in(r.answer or "") or "") for r in rollouts]
-            scores[f"exact_match_{name}"] = float(np.mean([metric.exact_match(text, q.answers) for q, text in said])) if said else None
-            scores[f"f1_{name}"] = float(np.mean([metric.f1(text, q.answers) for q, text in said])) if said else None
+        before, after = (
+            [(questions[r.task.id], r) for r in store.read("heldout", iteration) if r.status == "ok"]
+            for iteration in (0, fitted.metrics[-1]["iteration"])
+        )
     by_hops: dict[int, list[float]] = collections.defaultdict(list)
-    for rollout in rollouts:
-        by_hops[questions[rollout.task.id].hops].append(rollout.reward)
-    scores["by_hops_after"] = {hops: {"count": len(r), "reward": float(np.mean(r))} for hops, r in sorted(by_hops.items())}
-    return scores
+    for question, rollout in after:
+        by_hops[question.hops].append(rollout.reward)
+    return {
+        **{f"{name}_before": value for name, value in accuracy(before).items()},
+        **{f"{name}_after": value for name, value in accuracy(after).items()},
+        "by_hops_after": {hops: {"count": len(rewards), "reward": float(np.mean(rewards))} for hops, rewards in sorted(by_hops.items())},
+    }
+
+
+def accuracy(runs: Sequence[tuple[Question, Rollout]]) -> dict[str, float]:
+    """SQuAD's numbers, without what the reward pays for form."""
+    said = [(metric.answer_in(rollout.answer or "") or "", question.answers) for question, rollout in runs]
+    scores = {"exact_match": metric.exact_match, "f1": metric.f1}
+    return {name: float(np.mean([score(text, answers) for text, answers in said])) if said else 0.0 for name, score in scores.items()}
 
 
 SEARCHES = cache_folder(FitConfig()) / "retrieval"  # indexes of large corpora, by content hash

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.multi_hop_qa import Config, demonstrations_for, load_data, question_from, reward, task_of
+from experiments.multi_hop_qa import Config, accuracy, demonstrations_for, load_data, question_from, reward, task_of
 from lightningrl.errors import UserError
+from lightningrl.tasks.multi_hop_qa.questions import Question
+from lightningrl.types import Rollout
 
 SMALL = Config(worlds=4, questions=80, heldout_questions=20, demonstrations=90)
 
@@ -52,6 +54,17 @@ def test_the_reward_is_f1_and_form(tmp_path: Path) -> None:
     assert [reward(seen, task.target, said) for said in (gold, "", None, 7)] == [0.0] * 4
     assert reward(seen, task.target, "<answer> nobody </answer>") == 0.1
     assert reward(seen, task.target | {"aliases": ["nobody"]}, "<answer> nobody </answer>") == 1.0
+
+
+def test_accuracy_is_squads_without_the_form(tmp_path: Path) -> None:
+    question = dataclasses.replace(load_data(SMALL, tmp_path).heldout[0], answer="Port Ann", aliases=("Annport",))
+
+    def run(said: str | None) -> tuple[Question, Rollout]:
+        return question, Rollout("r", task_of(question), "g", 0, 0, (), {"reward": 1.0}, answer=said)
+
+    runs = [run("<answer> the Annport </answer>"), run("<answer> Ann </answer>"), run("Port Ann"), run(None)]
+    assert accuracy(runs) == {"exact_match": 0.25, "f1": pytest.approx((1 + 2 / 3) / 4)}
+    assert accuracy([]) == {"exact_match": 0.0, "f1": 0.0}
 
 
 def test_real_data_is_taken_from_a_folder(tmp_path: Path) -> None:

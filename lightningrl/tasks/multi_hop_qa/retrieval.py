@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -203,4 +204,4 @@ def _keep(place: Path, write: Callable[[Path], Any]) -> None:
     try:
         os.replace(partial, place)
     except OSError:  # another process was first, with the same content
-        pass
+        shutil.rmtree(partial)
