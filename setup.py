@@ -40,6 +40,7 @@ setup(
     packages=find_packages(include=["lightningrl", "lightningrl.*", "experiments", "experiments.*"]),
     install_requires=[
         "absl-py",
+        "bm25s",
         "chex",
         "flax",
         "httptools",  # uvicorn parses requests with it

@@ -57,14 +57,19 @@ Tools:{%- for tool in tools %}{%- set f = tool.function if tool.function is defi
 """
 
 ROLES = ("system", "user", "assistant", "tool")
-# Words as GPT-2 splits them, but identifiers such as `singer_id` stay whole, and a role marker with its line break is one word
-# where it opens a turn (tokens of the template are cut out first, so a turn starts at \A).
+_CALL = ('{"name": "', '", "arguments": {"', '": "', '"}}')  # what a tool call writes around its words
+_MARKUP = ("Tools:\n", ": string", ": integer", *_CALL)
+# Words as GPT-2 splits them, but identifiers such as `singer_id` stay whole, a role marker with its line break is one word
+# where it opens a turn (tokens of the template are cut out first, so a turn starts at \A), and so is what a tool call has around
+# its words: a policy writes it in every call, and a third of a short call's tokens would be quotes and braces.
 _WORDS = (
-    r"\A(?:" + "|".join(ROLES) + r")\n"
-    r"|'(?:[sdmt]|ll|ve|re)| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
+    r"\A(?:"
+    + "|".join(ROLES)
+    + r")\n|"
+    + "|".join(map(re.escape, _CALL))
+    + r"|'(?:[sdmt]|ll|ve|re)| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
 )
 _MARKER = re.compile("|".join(re.escape(token) for token in (PAD, START, END, *TOOL_MARKERS)))
-_MARKUP = ("Tools:\n", ": string", ": integer", '{"name": "', '", "arguments": {"', '": "', '"}}')
 _PHRASES = (*(f"{role}\n" for role in ROLES), *_MARKUP)
 
 

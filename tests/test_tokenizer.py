@@ -83,6 +83,15 @@ def test_a_turn_costs_three_tokens_beside_its_text(tokenizer: PreTrainedTokenize
     assert len(turn) == len(tokenizer.encode(text)) + 3
 
 
+def test_a_tool_call_costs_four_tokens_beside_its_words() -> None:
+    """Its markers are two more; a word that the corpus repeats is one."""
+    made = train_tokenizer(["origin of Mill", "search", "query"] * 40, 600)
+    call = '<tool_call>{"name": "search", "arguments": {"query": "origin of Mill"}}</tool_call>'
+    pieces = [made.decode([token]) for token in made.encode(call)]
+    written = ['{"name": "', "search", '", "arguments": {"', "query", '": "', "origin", " of", " Mill", '"}}']
+    assert pieces == ["<tool_call>", *written, "</tool_call>"]
+
+
 def test_the_template_in_full(tokenizer: PreTrainedTokenizerFast) -> None:
     call = '<tool_call>{"name": "search", "arguments": {"query": "ü", "k": 3}}</tool_call>'
     assert render(tokenizer, CONVERSATION, tools=TOOLS, add_generation_prompt=True) == (

@@ -1,7 +1,7 @@
 """Runs agents and keeps what they did: time limits, retries, groups, a SQLite store, intermediate rewards. No JAX."""
 
 from lightningrl.runtime.agents import load_function, load_tasks
-from lightningrl.runtime.intermediate import repeated_call, tool_error
+from lightningrl.runtime.intermediate import new_support, repeated_call, tool_error
 from lightningrl.runtime.runner import RolloutRequest, Runner, RunnerSettings, rollout_requests
 from lightningrl.runtime.store import LogEntry, Store
 
@@ -13,6 +13,7 @@ __all__ = [
     "Store",
     "load_function",
     "load_tasks",
+    "new_support",
     "repeated_call",
     "rollout_requests",
     "tool_error",

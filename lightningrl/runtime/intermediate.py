@@ -45,9 +45,31 @@ def repeated_call(rollout: Rollout, penalty: float = -0.1) -> tuple[float, ...]:
     return tuple(rewards)
 
 
+def new_support(rollout: Rollout, bonus: float = 0.1) -> tuple[float, ...]:
+    """`bonus` for every call whose search returned a supporting passage that no search of the run had returned before.
+
+    The task's target names the titles of the supporting passages (`target["support"]`; without any, nothing is paid), and a passage is a
+    line "title: text" of a tool message, seen in the later call that the agent shows it to. It is paid to the call that this one
+    continues, or in a shortened conversation to the latest earlier call of its role; once, however many such passages were new. What
+    the last call's search returned is shown to nobody, and not paid.
+    """
+    rewards = [0.0] * len(rollout.transitions)
+    index = {transition.turn: i for i, transition in enumerate(rollout.transitions)}
+    missing = {" ".join(title.split()) for title in _support(rollout.task.target)}
+    for i, transition in enumerate(rollout.transitions):
+        results = [message for message in _since_last_reply(transition.messages) if message.get("role") == "tool"]
+        lines = [line for message in results for line in _text(message).splitlines()]
+        found = {title for title in missing if any(line.startswith(f"{title}: ") for line in lines)}
+        missing -= found
+        searches = [index[transition.continues]] if transition.continues is not None else _latest_of_role(rollout.transitions, i)
+        if found and searches:
+            rewards[searches[0]] = bonus
+    return tuple(rewards)
+
+
 def intermediate_rewards(names: Sequence[str]) -> tuple[Callable[[Rollout], tuple[float, ...]], ...]:
     """The intermediate rewards of these names. Raises UserError for one that there is not."""
-    known = {"tool_error": tool_error, "repeated_call": repeated_call}
+    known = {"tool_error": tool_error, "repeated_call": repeated_call, "new_support": new_support}
     for name in names:
         if name not in known:
             raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
@@ -75,22 +97,35 @@ def with_rewards(rollout: Rollout, functions: Sequence[Callable[[Rollout], tuple
 
 def _answered_with_error(transitions: tuple[Transition, ...], index: Mapping[int, int], i: int, transition: Transition) -> Iterator[int]:
     messages = transition.messages
-    last_reply = max((k for k, message in enumerate(messages) if message.get("role") == "assistant"), default=-1)
-    # Results before the last reply were answered in the conversation that this one continues, where they were charged.
-    errors = [message for message in messages[last_reply + 1 :] if _is_error(message)]
+    recent = _since_last_reply(messages)
+    errors = [message for message in recent if _is_error(message)]
     if not errors:
         return
     if transition.continues is not None:
         yield index[transition.continues]
         return
-    if last_reply >= 0:  # goes on in a conversation that was shortened or rewritten on the way
-        yield from [k for k in range(i) if transitions[k].role == transition.role][-1:]
+    if len(recent) < len(messages):  # goes on in a conversation that was shortened or rewritten on the way
+        yield from _latest_of_role(transitions, i)
         return
     for message in errors:
         text = _text(message)
         quoted = [k for k in range(i) if transitions[k].text.strip() and transitions[k].text.strip() in text]
         if quoted:
             yield quoted[-1]
+
+
+def _since_last_reply(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """What is new: results before the last reply were answered in the conversation that this one continues."""
+    last_reply = max((k for k, message in enumerate(messages) if message.get("role") == "assistant"), default=-1)
+    return messages[last_reply + 1 :]
+
+
+def _latest_of_role(transitions: tuple[Transition, ...], i: int) -> list[int]:
+    return [k for k in range(i) if transitions[k].role == transitions[i].role][-1:]
+
+
+def _support(target: Any) -> Sequence[str]:
+    return target.get("support", ()) if isinstance(target, Mapping) else ()
 
 
 def _is_error(message: Mapping[str, Any]) -> bool:

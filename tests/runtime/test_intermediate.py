@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightningrl.runtime import repeated_call, tool_error
+from lightningrl.runtime import new_support, repeated_call, tool_error
 from lightningrl.runtime.intermediate import with_rewards
 from lightningrl.types import Rollout, Task, Transition
 
@@ -108,3 +108,54 @@ def test_rewards_add_up_on_the_calls_and_never_on_the_outcome() -> None:
     assert [transition.reward for transition in shaped.transitions] == [1.5, 0.25 - 0.1]
     assert shaped.outcome == {"reward": 1.0}
     assert [transition.reward for transition in rollout.transitions] == [1.0, 0.0]
+
+
+def searched(*calls: Transition, support: Any = ("Mill", "Ann  of\nRome")) -> Rollout:
+    target = {"gold": "Rome", "support": list(support)} if support is not None else "Rome"
+    return dataclasses.replace(run(*calls), task=Task("t", {}, target))
+
+
+def test_a_search_is_paid_for_a_supporting_passage_that_is_new() -> None:
+    first = call("search a", ASK)
+    shown = (ASK, ("assistant", None), ("tool", "Sea: salty\nMill: old"))
+    second = call("search b", *shown, continues=0)
+    shown = (*shown, ("assistant", None), ("tool", "Mill: old"))
+    third = call("search c", *shown, continues=1)
+    shown = (*shown, ("assistant", None), ("tool", "Mill: old\nAnn of Rome: born there"))
+    fourth = call("Rome", *shown, continues=2)
+    rollout = searched(first, second, third, fourth)
+    assert new_support(rollout) == (0.1, 0.0, 0.1, 0.0)
+    assert new_support(rollout, bonus=1.0) == (1.0, 0.0, 1.0, 0.0)
+    assert with_rewards(rollout, [new_support]).outcome == {"reward": 1.0}
+
+
+def test_two_new_passages_are_one_search() -> None:
+    results = (("tool", "Mill: old"), ("tool", "Ann of Rome: born there"))
+    assert new_support(searched(call("both", ASK), call("Rome", ASK, ("assistant", None), *results, continues=0))) == (0.1, 0.0)
+
+
+def test_a_shortened_conversation_pays_the_last_call_of_its_role() -> None:
+    other = call("hm", ("user", "what?"), role="checker")
+    assert new_support(searched(call("a", ASK), other, call("b", ("tool", "Mill: old")))) == (0.1, 0.0, 0.0)
+    assert new_support(searched(call("b", ("tool", "Mill: old")))) == (0.0,)  # nobody has searched
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ("tool", "The Mill: old"),
+        ("tool", "see Mill: old"),
+        ("tool", "Mill"),
+        ("user", "Mill: old"),
+        ("assistant", "Mill: old"),
+        ("tool", None),
+    ],
+)
+def test_what_is_no_supporting_passage(message: tuple[str, Any]) -> None:
+    assert new_support(searched(call("a", ASK), call("b", ASK, ("assistant", None), message, continues=0))) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("support", [None, ()])
+def test_without_known_support_nothing_is_paid(support: Any) -> None:
+    later = call("b", ASK, ("assistant", None), ("tool", "Mill: old"), continues=0)
+    assert new_support(searched(call("a", ASK), later, support=support)) == (0.0, 0.0)

@@ -1,0 +1,182 @@
+"""Trains the question-answering agent of the OpenAI Agents SDK, every setting a flag.
+
+    python -m experiments.multi_hop_qa --out=runs/qa                                # in fictional worlds that it makes up itself
+    python -m experiments.multi_hop_qa --out=runs/musique --data_dir=DIR/musique --policy=DIR
+
+The reward is 0.9 · F1 + 0.1 · format and nothing else. Held-out questions are about worlds that are never trained on, nor shown in
+the warm start; of real data they are those of eval.jsonl.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import training
+from experiments.agents import qa_agents_sdk
+from experiments.training import Data, Experiment, TrainingConfig
+from lightningrl import flags
+from lightningrl.config import FitConfig, cache_folder, setting
+from lightningrl.fit import Fitted
+from lightningrl.runtime.store import Store
+from lightningrl.tasks.multi_hop_qa import chains, metric
+from lightningrl.tasks.multi_hop_qa.data import data_sets, load_questions
+from lightningrl.tasks.multi_hop_qa.demonstrations import Habits, Prompts, demonstrate
+from lightningrl.tasks.multi_hop_qa.questions import Attempt, Question
+from lightningrl.tasks.multi_hop_qa.retrieval import open_corpus, search_as_text
+from lightningrl.tasks.multi_hop_qa.worlds import build_worlds
+from lightningrl.types import Rollout, Task
+from lightningrl.warm_start import Demonstration
+
+SEARCH = qa_agents_sdk.search
+PROMPTS = Prompts(
+    system=qa_agents_sdk.SYSTEM,
+    request=qa_agents_sdk.REQUEST,
+    answer=qa_agents_sdk.ANSWER,
+    tool={
+        "type": "function",
+        "function": {"name": SEARCH.name, "description": SEARCH.description, "parameters": SEARCH.params_json_schema},
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingConfig):
+    """The quickstart's settings for this task."""
+
+    out: str = setting("runs/multi_hop_qa", "folder for everything the run leaves; a run that is there already goes on", free=True)
+    data_dir: str | None = setting(
+        None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
+    )
+    worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
+    iterations: int = setting(30, "times the agents run and the policy is updated")
+    reading_steps: int = setting(170, "updates in which a new policy learns to read the demonstrations, prompts included")
+    imitation_steps: int = setting(120, "updates on the demonstrations' responses after that")
+    context_length: int = setting(320, "tokens of a prompt and its response, at most")
+    max_tokens: int = setting(32, "of a response, at most, in training and evaluation")
+
+
+SMOKE: dict[str, Any] = {
+    "iterations": 2,
+    "tasks_per_iteration": 6,
+    "rollouts_per_task": 4,
+    "eval_every": 2,
+    "worlds": 8,
+    "questions": 200,
+    "heldout_questions": 16,
+    "demonstrations": 200,
+    "reading_steps": 15,
+    "imitation_steps": 15,
+}
+
+
+def load_data(config: Config, folder: Path) -> Data[Question]:
+    """The questions that the settings ask for; generated worlds are written into `folder`."""
+    if config.data_dir:
+        found = data_sets(config.data_dir)
+        heldout = [q for path in found for q in load_questions(path, "eval")]
+        order = np.random.default_rng([config.seed, 2]).permutation(len(heldout))
+        return Data([q for path in found for q in load_questions(path, "train")], [heldout[i] for i in order[: config.heldout_questions]])
+    heldout = questions_in_worlds(config, folder, config.heldout_questions, unseen=True)
+    train = questions_in_worlds(config, folder, config.questions - config.heldout_questions)
+    return Data(chains.split_questions(train, heldout), heldout)
+
+
+def questions_in_worlds(config: Config, folder: Path, count: int, *, unseen: bool = False) -> list[Question]:
+    """Equal shares about each world: about as many questions a world, whether they are trained on or held out."""
+    trained = max(config.questions - config.heldout_questions, 1)
+    worlds = max(1, round(config.worlds * count / trained))
+    built = build_worlds(folder / "worlds", config.seed, worlds, unseen=unseen)
+    shares = [count // worlds + (i < count % worlds) for i in range(worlds)]
+    return [
+        question
+        for i, ((world, corpus), share) in enumerate(zip(built, shares, strict=True))
+        for question in chains.generate_questions(
+            world, corpus, open_corpus(corpus), np.random.default_rng([config.seed, 3, int(unseen), i]), share
+        )
+    ]
+
+
+def question_from(fields: dict[str, Any]) -> Question:
+    """The question of `dataclasses.asdict`, whose tuples have become lists on the way between processes."""
+
+    def attempt(given: dict[str, Any]) -> Attempt:
+        return Attempt(given["kind"], tuple(given["searches"]), given["answer"])
+
+    tuples = {name: tuple(fields[name]) for name in ("aliases", "support", "passages")}
+    gold = attempt(fields["gold"]) if fields["gold"] else None
+    return Question(**{**fields, **tuples, "gold": gold, "wrong": tuple(map(attempt, fields["wrong"]))})
+
+
+def task_of(question: Question) -> Task:
+    """What the agent sees, and what only the reward sees: the answer, and the titles of the passages that support it."""
+    results = qa_agents_sdk.RESULTS if question.gold is None else chains.RESULTS
+    seen = {"question": question.question, "corpus": question.corpus, "results": results}
+    target = {"gold": question.answer, "aliases": list(question.aliases), "support": list(question.support), "kind": question.kind}
+    return Task(question.id, seen, target)
+
+
+def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
+    """0.9 · F1 + 0.1 · format, of the agent's last reply."""
+    return metric.reward(answer, [target["gold"], *target["aliases"]]) if isinstance(answer, str) else 0.0
+
+
+def demonstrations_for(questions: Sequence[Question], config: Config) -> list[Demonstration]:
+    """Runs of the imperfect demonstrator, each question as often as any other."""
+    rng = np.random.default_rng([config.seed, 1])
+    usable = [q for q in questions if q.gold and q.wrong]
+    if not usable:
+        return []
+    search = functools.partial(search_as_text, results=chains.RESULTS)
+    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, Habits(), search=search) for i in range(config.demonstrations)]
+
+
+def report(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
+    """Exact match and F1 on the held-out questions before and after, and the reward by hops after."""
+    questions = {q.id: q for q in data.heldout}
+    with Store(fitted.out / "rollouts.sqlite") as store:
+        before, after = (
+            [(questions[r.task.id], r) for r in store.read("heldout", iteration) if r.status == "ok"]
+            for iteration in (0, fitted.metrics[-1]["iteration"])
+        )
+    by_hops: dict[int, list[float]] = collections.defaultdict(list)
+    for question, rollout in after:
+        by_hops[question.hops].append(rollout.reward)
+    return {
+        **{f"{name}_before": value for name, value in accuracy(before).items()},
+        **{f"{name}_after": value for name, value in accuracy(after).items()},
+        "by_hops_after": {hops: {"count": len(rewards), "reward": float(np.mean(rewards))} for hops, rewards in sorted(by_hops.items())},
+    }
+
+
+def accuracy(runs: Sequence[tuple[Question, Rollout]]) -> dict[str, float]:
+    """SQuAD's numbers, without what the reward pays for form."""
+    said = [(metric.answer_in(rollout.answer or "") or "", question.answers) for question, rollout in runs]
+    scores = {"exact_match": metric.exact_match, "f1": metric.f1}
+    return {name: float(np.mean([score(text, answers) for text, answers in said])) if said else 0.0 for name, score in scores.items()}
+
+
+SEARCHES = cache_folder(FitConfig()) / "retrieval"  # indexes of large corpora, by content hash
+
+EXPERIMENT = Experiment(
+    agent=functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=SEARCHES)),
+    reward=reward,
+    load=load_data,
+    read=question_from,
+    task_of=task_of,
+    demonstrate=demonstrations_for,
+    content=lambda question: [question.question, question.answers, question.support],
+    files=lambda question: [question.corpus],
+    report=report,
+    smoke=SMOKE,
+)
+
+if __name__ == "__main__":
+    flags.define_flags(Config)
+    flags.run_app(functools.partial(training.main, Config, EXPERIMENT))

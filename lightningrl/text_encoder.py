@@ -1,0 +1,68 @@
+"""Vectors of texts from a local encoder checkpoint of `transformers`, for dense retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lightningrl.errors import UserError
+
+
+class TextEncoder:
+    """texts -> float32 [N, d], with any encoder checkpoint that `transformers` loads (BGE, E5, Contriever, …).
+
+    Args:
+        folder: the checkpoint, a local directory; nothing is downloaded.
+        pooling: of the last layer's vectors: the first token's ("first", as BGE), or the mean over a text's tokens ("mean", as E5).
+        normalize: to unit length, so that inner products are cosines.
+        prefix: what the checkpoint wants before every text, such as E5's "query: ".
+        max_tokens: longer texts are cut.
+
+    Raises `UserError` where the folder is missing or holds no such checkpoint, and without torch.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        pooling: Literal["first", "mean"] = "first",
+        normalize: bool = True,
+        prefix: str = "",
+        max_tokens: int = 512,
+        batch: int = 32,
+    ) -> None:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: there is no such folder; give a local encoder checkpoint")
+        try:
+            import torch
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as error:
+            raise UserError("an encoder checkpoint runs in torch, which is not installed: pip install torch") from error
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: this is not an encoder checkpoint that transformers can load ({error})") from error
+        self._torch = torch
+        self.pooling, self.normalize, self.prefix, self.max_tokens, self.batch = pooling, normalize, prefix, max_tokens, batch
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [N, d]; a text's vector does not depend on the others but for rounding."""
+        parts = [self._encode([self.prefix + text for text in texts[i : i + self.batch]]) for i in range(0, len(texts), self.batch)]
+        return np.concatenate(parts) if parts else np.zeros((0, self._model.config.hidden_size), np.float32)
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        given = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        with self._torch.inference_mode():
+            states = self._model(**given).last_hidden_state
+        if self.pooling == "first":
+            vectors = states[:, 0]
+        else:
+            mask = given["attention_mask"][:, :, None].to(states.dtype)
+            vectors = (states * mask).sum(1) / mask.sum(1)
+        if self.normalize:
+            vectors = self._torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.numpy()
