@@ -22,7 +22,6 @@ from lightningrl.tasks.math_tool.data import FILES, ends_in_answer, load_problem
 from lightningrl.tasks.math_tool.metric import CALC_X_TOLERANCE, numeric_match
 from lightningrl.tasks.math_tool.problems import Problem
 
-
 Verdict = Literal["empty", "another number", "rounded", "passed", "failed"]
 
 

@@ -127,7 +127,7 @@ class Story:
 
 
 def tell(kind: str, rng: np.random.Generator) -> Story:
-    """A story of this kind (an opening and its events, with + between) with names, things, wordings and numbers drawn from `rng`; all its numbers are different.
+    """A story of this kind: the names of an opening and its events, with + between. All its numbers are different.
 
     Nothing is said about values on the way: a division may leave a remainder. Raises `LookupError` for a kind whose events
     there are not.
