@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import text_to_sql
+from experiments import text_to_sql, training
 from lightningrl import flags
 from lightningrl.config import setting
 from lightningrl.errors import UserError
@@ -73,9 +73,9 @@ def _ran(rollout: Rollout, turn: int) -> bool:
     return "Result: error" not in str(rollout.transitions[turn].messages[-1].get("content"))
 
 
-def measure(config: Config, data: text_to_sql.Data, name: str) -> dict[str, Any]:
+def measure(config: Config, data: training.Data[Any], name: str) -> dict[str, Any]:
     started = time.time()
-    fitted = text_to_sql.run(dataclasses.replace(config, recipe=name, out=f"{config.out}/{name}"), data, ())
+    fitted = training.run(dataclasses.replace(config, recipe=name, out=f"{config.out}/{name}"), text_to_sql.EXPERIMENT, data, ())
     rows = [{key: row[key] for key in MEASURED} for row in fitted.metrics[1:]]
     return {"recipe": name, "iterations": rows, "seconds": time.time() - started}
 

@@ -56,7 +56,10 @@ class FitConfig:
     concurrency: int = setting(64, "agents at once", free=True)
     time_limit: float = setting(60.0, "seconds a rollout may take", free=True)
     max_attempts: int = setting(3, "tries of a rollout that fails for its infrastructure", free=True)
-    runner: Literal["local", "ray"] = setting("local", "where agents run: in this process, or on the hosts of a Ray cluster", free=True)
+    runner: Literal["local", "processes", "ray"] = setting(
+        "local", "where agents run: in this process, in others beside it, or on the hosts of a Ray cluster", free=True
+    )
+    agent_processes: int = setting(1, "processes beside this one, with --runner=processes", free=True)
     ray_address: str | None = setting(None, "of a Ray cluster; none: RAY_ADDRESS, or else a new one on this machine", free=True)
     ray_cpus: float = setting(1.0, "CPUs that an agent reserves on its host of the Ray cluster", free=True)
     engine: str | None = setting(
@@ -81,12 +84,19 @@ class FitConfig:
     intermediate_size: int = setting(512, "of a new policy")
     context_length: int = setting(256, "tokens of a prompt and its response, at most")
     slots: int = setting(32, "conversations that the sampler decodes at once")
+    prefix_cache_mb: float = setting(64.0, "memory for beginnings of prompts that the sampler has read; 0: none is kept", free=True)
+    deterministic: bool = setting(
+        True, "a call is answered alike to the last bit whatever else is sampled; off: a little faster under light load"
+    )
     reading_steps: int = setting(220, "updates in which a new policy learns to read the demonstrations, prompts included")
     imitation_steps: int = setting(180, "updates on the demonstrations' responses after that")
     imitation_learning_rate: float = setting(4e-3, "AdamW's learning rate in the warm start")
     data_parallel: int = setting(1, "devices that a batch is split over, with whole parameters", free=True)
     fsdp: int = setting(1, "devices that a batch and the parameters are split over", free=True)
     remat: Literal["none", "layers", "dots"] = setting("none", "what gradients compute again instead of keeping it in memory")
+    attention: Literal["auto", "dense", "blocks", "pallas"] = setting(
+        "auto", "its implementation in training; auto: by row length and device"
+    )
     tensor_parallel: int = setting(1, "devices that every layer is split over", free=True)
     coordinator: str | None = setting(
         None, "HOST:PORT of process 0, in a run of several processes; auto: as Slurm, Open MPI, Kubernetes or a TPU pod say", free=True

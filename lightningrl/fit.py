@@ -130,11 +130,12 @@ def _fit(
         compute_dtype=jnp.dtype(config.compute_dtype),
         ema_decay=config.ema_decay if config.reference == "ema" else None,
         remat=config.remat,
+        attention=None if config.attention == "auto" else config.attention,
     )
     anchored = recipe.kl is not None and config.reference == "start"
     start = step.placed(policy.params) if anchored else policy.params
     policies = start_policies(step, start, roles, config.seed)
-    sampler, sampling_at = make_sampler(step, roles, policy, config, SamplerSettings(config.slots, config.context_length))
+    sampler, sampling_at = make_sampler(step, roles, policy, config)
     # Only now, so that settings that were refused are not those of a run that has to be gone on with.
     if is_first():
         write_manifest(out, config, data_hash)

@@ -19,6 +19,7 @@ from lightningrl.recipe import Recipe, with_correction
 from lightningrl.recipes import get_recipe
 from lightningrl.runtime.intermediate import intermediate_rewards
 from lightningrl.runtime.local import CallAgent
+from lightningrl.runtime.on_processes import OnProcesses
 from lightningrl.runtime.on_ray import OnRay
 from lightningrl.runtime.runner import Agent, Reward, Runner, RunnerSettings
 from lightningrl.runtime.store import Store
@@ -32,9 +33,7 @@ AnySampler = PolicySampler | RoleSampler | RemoteSampler | SamplerElsewhere
 AnyRunner = Runner | SharedRunner
 
 
-def make_sampler(
-    step: TrainStep, roles: Sequence[str], policy: Policy, config: FitConfig, settings: SamplerSettings
-) -> tuple[AnySampler, Any]:
+def make_sampler(step: TrainStep, roles: Sequence[str], policy: Policy, config: FitConfig) -> tuple[AnySampler, Any]:
     """What answers calls: a sampler, one for each of `roles`, or the engine behind `--engine`, which then has been asked for a token.
 
     With several processes, process 0 alone has it.
@@ -49,9 +48,15 @@ def make_sampler(
     here = sampling_mesh(step.mesh)
     weights_at = params_sharding(policy.config, here, ShardingRules(embed=None))  # each decoding step reads every weight
     start = place(step.rounded(policy.params), weights_at)
+    settings = SamplerSettings(
+        slots=config.slots,
+        context_length=config.context_length,
+        prefix_cache_mb=config.prefix_cache_mb,
+        deterministic=config.deterministic,
+    )
 
     def make(params: Params) -> PolicySampler:
-        return PolicySampler(params, policy.config, policy.tokenizer, settings, mesh=here)
+        return PolicySampler(params, policy.config, policy.tokenizer, settings, mesh=here, end_ids=policy.end_ids)
 
     return RoleSampler(make, dict.fromkeys(roles, start), start) if roles else make(start), weights_at
 
@@ -92,6 +97,8 @@ def outside_engine(url: str, policy: Policy, config: FitConfig) -> RemoteSampler
 def place_of_agents(agent: Agent, config: FitConfig) -> contextlib.AbstractContextManager[CallAgent | None]:
     if config.runner == "local":
         return contextlib.nullcontext()
+    if config.runner == "processes":
+        return OnProcesses(agent, config.agent_processes)
     return OnRay(agent, address=config.ray_address, cpus=config.ray_cpus, gateway_host=config.host)
 
 

@@ -17,9 +17,11 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lightningrl.model.attention import Implementation, TreeAttention, attend_tree, choose_attention
 from lightningrl.model.cache import KVCache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params, logical_axes, shapes
+from lightningrl.table import Array
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -108,6 +110,28 @@ def cache_sharding(config: ModelConfig, mesh: Mesh, slots: int, rules: ShardingR
 def batch_sharding(mesh: Mesh, rules: ShardingRules = ShardingRules()) -> NamedSharding:
     """Rows split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(rules.batch))
+
+
+def attention_over(mesh: Mesh, config: ModelConfig, chosen: Implementation | None, rules: ShardingRules = ShardingRules()) -> TreeAttention:
+    """`attend_tree` in which every device attends in its own rows and key/value heads, and sends nothing.
+
+    The compiler cannot split a kernel, and splits the loops of blockwise attention badly, so they are told their part. Heads that
+    `tensor` does not divide are attended to by all of it.
+
+    Args:
+      chosen: an implementation; None: that of `choose_attention` for the length of the rows.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, end: Array) -> jax.Array:
+        implementation = chosen or choose_attention(q.shape[3], jax.default_backend())
+        return attend_tree(q, k, v, end, implementation=implementation)
+
+    if mesh.size == 1:
+        return attend
+    heads = rules.kv_heads if config.num_kv_heads % _ways(mesh, rules.kv_heads) == 0 else None
+    rows, rows_and_heads = PartitionSpec(rules.batch), PartitionSpec(rules.batch, heads)
+    # What varies over which axis is not tracked through a kernel.
+    return jax.shard_map(attend, mesh=mesh, in_specs=(rows_and_heads,) * 3 + (rows,), out_specs=rows_and_heads, check_vma=False)
 
 
 def edges_sharding(mesh: Mesh, edges: int, rules: ShardingRules = ShardingRules()) -> NamedSharding:

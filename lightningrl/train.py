@@ -10,6 +10,7 @@ What is computed with, the weights, is made from it within the step: the adapter
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 
 from lightningrl.losses.value import value_states
 from lightningrl.model import decoder
+from lightningrl.model.attention import Implementation, TreeAttention
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.decoder import Remat
 from lightningrl.model.lora import Adapter, LoraSettings, adapter_shapes, adapter_sharding, merge
@@ -30,7 +32,16 @@ from lightningrl.model.token_scores import token_scores
 from lightningrl.packing.rows import Rows
 from lightningrl.recipe import Recipe
 from lightningrl.segments import safe_divide
-from lightningrl.sharding import batch_sharding, edges_sharding, local, optimizer_sharding, params_sharding, place, replicated
+from lightningrl.sharding import (
+    attention_over,
+    batch_sharding,
+    edges_sharding,
+    local,
+    optimizer_sharding,
+    params_sharding,
+    place,
+    replicated,
+)
 from lightningrl.table import Array, LossInputs, TokenTable, UnitCounts
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, weight) pairs, which add up over micro-batches
@@ -91,9 +102,11 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     )
 
 
-def score_edges(params: Params, config: ModelConfig, rows: Rows, edges: TokenTable, *, remat: Remat = "none") -> Scores:
+def score_edges(
+    params: Params, config: ModelConfig, rows: Rows, edges: TokenTable, *, remat: Remat = "none", attention: TreeAttention | None = None
+) -> Scores:
     """Log-prob, entropy and value of every edge, read at its node. Log-softmax in float32 of logits / τ."""
-    hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end, remat=remat)
+    hidden = decoder.forward(params, config, rows.tokens, rows.positions, rows.end, remat=remat, attention=attention)
     at_nodes = hidden.reshape(-1, hidden.shape[-1])[edges.node]  # [E, D]: logits of action tokens only
     logp, entropy, sum_pi2 = token_scores(params, config, at_nodes, edges.token, edges.temperature)
     return Scores(logp=logp, entropy=entropy, value=decoder.values(params, at_nodes), sum_pi2=sum_pi2)
@@ -127,6 +140,7 @@ class TrainStep:
       ema_decay: d in [0, 1): after every update, reference ← d·reference + (1 - d)·trained, the anchor of the KL term in WARP
         (arXiv 2406.16768, its first stage); it starts as what is trained does. None keeps no such reference.
       remat: what gradients compute again instead of keeping it, see `decoder.forward`.
+      attention: an implementation of `attend_tree`; None: the best for the length of the rows and the backend.
     """
 
     def __init__(
@@ -141,10 +155,11 @@ class TrainStep:
         compute_dtype: Any = None,
         ema_decay: float | None = None,
         remat: Remat = "none",
+        attention: Implementation | None = None,
     ) -> None:
         self.config, self.recipe, self.optimizer, self.mesh, self.seed = config, recipe, optimizer, mesh, seed
         self.lora, self.compute_dtype, self.ema_decay = lora, compute_dtype, ema_decay
-        self._forward: dict[str, Any] = {} if remat == "none" else {"remat": remat}
+        self._score_edges = functools.partial(score_edges, remat=remat, attention=attention_over(mesh, config, attention))
         self._rows_at, self._whole = batch_sharding(mesh), replicated(mesh)
         self._params_at = params_sharding(config, mesh)
         self._trained_at = self._params_at if lora is None else adapter_sharding(self._params_at, config, lora)
@@ -157,7 +172,7 @@ class TrainStep:
             reference=None if ema_decay is None else self._trained_at,
         )
         self._weights = jax.jit(self._weights_of, out_shardings=self._params_at)
-        self._score = jax.jit(lambda params, *batch: score_edges(self.rounded(params), config, *batch), out_shardings=self._whole)
+        self._score = jax.jit(lambda params, *batch: self._score_edges(self.rounded(params), config, *batch), out_shardings=self._whole)
         self._denominators = jax.jit(self._denominators_of)
         self._select = jax.jit(self._selection_of)
         self._gradients_of = jax.grad(self._objective, has_aux=True)
@@ -272,7 +287,7 @@ class TrainStep:
         self, trained: Params | Adapter, base: Params | None, rows: Rows, edges: EdgeBatch, denominators: dict[str, jax.Array]
     ) -> tuple[jax.Array, Metrics]:
         r, tokens, counts = self.recipe, edges.tokens, edges.counts
-        scores = score_edges(self._weights_of(trained, base), self.config, rows, tokens, **self._forward)
+        scores = self._score_edges(self._weights_of(trained, base), self.config, rows, tokens)
         inputs = loss_inputs(scores, edges)
         loss, keep, metrics = r.loss(inputs) if r.select is None else r.loss(inputs, selected=edges.selected)
         pairs = {

@@ -33,6 +33,8 @@ class ServeConfig:
     model: str = setting("policy", "the model's name")
     slots: int = setting(32, "conversations decoded at once")
     context_length: int = setting(256, "tokens of a prompt and its response, at most")
+    prefix_cache_mb: float = setting(64.0, "memory for beginnings of prompts that were read; 0: none is kept")
+    deterministic: bool = setting(True, "a request is answered alike to the last bit whatever else is running; off: a little faster alone")
     max_tokens: int = setting(256, "of a response to a request that does not say")
 
 
@@ -45,8 +47,13 @@ def main() -> None:
         raise UserError(f"on {config.host} everybody could reach this server: set {KEY} to a key, or listen on 127.0.0.1")
     policy = without_critic(load_policy(Path(config.policy)))
     with settings_of_a_person():
-        settings = SamplerSettings(slots=config.slots, context_length=config.context_length)
-        sampler = PolicySampler(policy.params, policy.config, policy.tokenizer, settings)
+        settings = SamplerSettings(
+            slots=config.slots,
+            context_length=config.context_length,
+            prefix_cache_mb=config.prefix_cache_mb,
+            deterministic=config.deterministic,
+        )
+        sampler = PolicySampler(policy.params, policy.config, policy.tokenizer, settings, end_ids=policy.end_ids)
 
     def reload(folder: str, version: int) -> None:
         new = without_critic(load_policy(Path(folder)))

@@ -1,4 +1,4 @@
-"""Where an attempt at a rollout runs: here, in this process. `on_ray` has another place."""
+"""Where an attempt at a rollout runs: here, in this process. `on_processes` and `on_ray` have other places."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ class _Batch:
 class Runner:
     """Runs an agent that knows nothing of training against the gateway.
 
-    Agents run in this process (`local`) unless `call_agent` takes them elsewhere (`on_ray`). Reward functions run here, in threads,
-    so a slow one holds up nobody else.
+    Agents run in this process (`local`) unless `call_agent` takes them elsewhere (`on_processes`, `on_ray`). Reward functions run
+    here, in threads, so a slow one holds up nobody else.
 
     Args:
         gateway: hands out a key for each attempt, and its calls when the key is closed.

@@ -57,12 +57,14 @@ class PolicySampler:
         settings: SamplerSettings,
         policy_version: int = 0,
         mesh: Mesh | None = None,  # what the cache is split over; None: one device
+        end_ids: Sequence[int] = (),  # tokens that end a response besides the tokenizer's eos
     ) -> None:
         s = settings
         if s.context_length % s.chunk:
             raise ValueError(f"context_length={s.context_length} must be a multiple of chunk={s.chunk}")
         self.settings, self._config, self._tokenizer = settings, config, tokenizer
         self._params, self._version = params, policy_version
+        self._ends = (int(tokenizer.eos_token_id), *end_ids)
         self._new_params: tuple[Params, int] | None = None
         group = min(s.group, s.slots)
         self._shape = TurnShape(
@@ -214,7 +216,7 @@ class PolicySampler:
             plan.flat(),
             config=self._config,
             shape=shape,
-            end_token=self._tokenizer.eos_token_id,
+            end_tokens=self._ends,
         )
         self._answer()
         tokens, logprobs = np.asarray(burst)  # waits for the program
@@ -264,7 +266,7 @@ class PolicySampler:
                 self._answers.append(request.tell(new))
             self._slots.advance(slot, tokens[slot, :count])
             reason: FinishReason | None = None
-            if request.stopped_text is not None or request.tokens[-1] == self._tokenizer.eos_token_id:
+            if request.stopped_text is not None or request.tokens[-1] in self._ends:
                 reason = "stop"
             elif len(request.tokens) >= request.params.max_tokens:
                 reason = "length"

@@ -124,9 +124,9 @@ class Burst:
     top_logprob: jax.Array  # float32 [S, steps, A]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shape", "end_token"), donate_argnames=("cache", "pool"))
+@functools.partial(jax.jit, static_argnames=("config", "shape", "end_tokens"), donate_argnames=("cache", "pool"))
 def turn(
-    params: Params, cache: KVCache, pool: KVCache, flat: Array, *, config: ModelConfig, shape: TurnShape, end_token: int
+    params: Params, cache: KVCache, pool: KVCache, flat: Array, *, config: ModelConfig, shape: TurnShape, end_tokens: tuple[int, ...]
 ) -> tuple[KVCache, KVCache, jax.Array, tuple[jax.Array, jax.Array]]:
     """Does what the plan says.
 
@@ -142,7 +142,7 @@ def turn(
     cache, pool = read(params, config, cache, pool, plan.pieces, plan.counts[1], shape)
     cache = copy_blocks(pool, cache, plan.after, plan.counts[2], shape.chunk)
     state = SlotState.of(plan.integers, jax.lax.bitcast_convert_type(plan.floats, jnp.float32))
-    cache, burst = decode(params, config, cache, state, plan.groups, plan.counts[3], shape, end_token)
+    cache, burst = decode(params, config, cache, state, plan.groups, plan.counts[3], shape, end_tokens)
     both = jnp.stack([burst.token, jax.lax.bitcast_convert_type(burst.logprob, jnp.int32)])
     return cache, pool, both, (burst.top_id, burst.top_logprob)
 
@@ -171,7 +171,7 @@ def decode(
     groups: Array,
     count: Array,
     shape: TurnShape,
-    end_token: int,
+    end_tokens: tuple[int, ...],
 ) -> tuple[KVCache, Burst]:
     """Decodes the first `count` of `groups`, each in its own part of the cache, taken out once a turn."""
     alternatives = min(MAX_ALTERNATIVES, config.vocab_size)
@@ -191,7 +191,7 @@ def decode(
 
         own = KVCache(keys=[part(x)[..., : shape.length] for x in cache.keys], values=[part(x)[:, :, : shape.length] for x in cache.values])
         s = jax.tree.map(lambda x: part(x, x.ndim - 1), state)
-        own, burst = decode_group(params, config, own, s, steps=shape.steps, end_token=end_token)
+        own, burst = decode_group(params, config, own, s, steps=shape.steps, end_tokens=end_tokens)
         index = jnp.arange(shape.group)
         copies = jnp.stack([index, s.position, first + index, s.position], axis=1)
         cache = copy_blocks(own, cache, copies, jnp.int32(shape.group), min(shape.steps, shape.length))
@@ -200,8 +200,10 @@ def decode(
     return jax.lax.fori_loop(0, count, one, (cache, whole))
 
 
-def decode_group(params: Params, config: ModelConfig, cache: KVCache, s: SlotState, *, steps: int, end_token: int) -> tuple[KVCache, Burst]:
-    """Samples up to `steps` tokens for every active slot; a slot stops at `end_token` or after `max_tokens`, and all when none is left."""
+def decode_group(
+    params: Params, config: ModelConfig, cache: KVCache, s: SlotState, *, steps: int, end_tokens: tuple[int, ...]
+) -> tuple[KVCache, Burst]:
+    """Samples up to `steps` tokens for every active slot; one stops at an end token or after `max_tokens`, and all when none is left."""
     (slots,), length = s.token.shape, cache.values[0].shape[2]
     uniform = uniforms(s.key, s.generated + jnp.arange(steps)[:, None])
     nothing = jax.eval_shape(likeliest, jax.ShapeDtypeStruct((slots, config.vocab_size), jnp.float32), s.temperature)
@@ -224,7 +226,7 @@ def decode_group(params: Params, config: ModelConfig, cache: KVCache, s: SlotSta
         top_logprob, top_id = jax.lax.cond(wanted, lambda: likeliest(logits, s.temperature), lambda: empty)
         row = Burst(token=jnp.where(active, token, -1), logprob=logprob, top_id=top_id, top_logprob=top_logprob)
         burst = jax.tree.map(lambda whole, new: whole.at[:, i].set(new), burst, row)
-        active = active & (token != end_token) & (s.generated + i + 1 < s.max_tokens)
+        active = active & ~jnp.any(token[:, None] == jnp.array(end_tokens, jnp.int32), axis=-1) & (s.generated + i + 1 < s.max_tokens)
         return i + 1, active, token, cache, burst
 
     *_, cache, burst = jax.lax.while_loop(goes_on, step, first)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.text_to_sql import Config, demonstrations_for, load_data, reward, shuffled_rewards, task_of
+from experiments.text_to_sql import Config, demonstrations_for, load_data, reward, task_of
+from experiments.training import shuffled_rewards
 from lightningrl.config import same_run
 from lightningrl.errors import UserError
 from lightningrl.tasks.text_to_sql.databases import build_databases

@@ -46,6 +46,18 @@ def run(engine: PolicySampler, work: list, concurrency: int) -> list[Completion]
         return list(pool.map(lambda r: engine.submit(*r).result(timeout=60), work))
 
 
+def test_other_tokens_may_end_a_response_too() -> None:
+    policy, work = tiny_policy(), requests(6)
+    with sampler() as engine:
+        long = run(engine, work, 3)
+    ends = {int(c.token_ids[2]) for c in long}  # what was said third
+    with PolicySampler(policy.params, policy.config, policy.tokenizer, SETTINGS, end_ids=tuple(ends)) as engine:
+        for cut, whole in zip(run(engine, work, 3), long, strict=True):
+            first = next(i for i, token in enumerate(whole.token_ids) if token in ends)
+            np.testing.assert_array_equal(cut.token_ids, whole.token_ids[: first + 1])
+            assert cut.finish_reason == "stop"
+
+
 def agents(count: int) -> list[list[tuple[np.ndarray, SamplingParams, tuple[int, int]]]]:
     """Calls of some agents, one after the other: groups of four share a first prompt, and each goes on in its own way."""
     rng = np.random.default_rng(1)

@@ -24,7 +24,9 @@ def test_the_compiled_turn_copies_no_cache():
     decoding takes out of the cache is a third of it, once a turn, and in the loop over tokens that is not copied either."""
     policy = tiny_policy()
     cache, pool = (init_cache(policy.config, *size) for size in ((SHAPE.slots, SHAPE.length), (BLOCKS, SHAPE.chunk)))
-    compiled = turn.lower(policy.params, cache, pool, Plan.empty(SHAPE).flat(), config=policy.config, shape=SHAPE, end_token=0).compile()
+    compiled = turn.lower(
+        policy.params, cache, pool, Plan.empty(SHAPE).flat(), config=policy.config, shape=SHAPE, end_tokens=(0,)
+    ).compile()
     text = compiled.as_text()
     kv, d = policy.config.num_kv_heads, policy.config.head_dim
     for slots, length in ((SHAPE.slots, SHAPE.length), (SHAPE.group, SHAPE.length), (BLOCKS, SHAPE.chunk)):

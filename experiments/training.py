@@ -1,0 +1,226 @@
+"""What the experiments have in common: questions by use, a training run of an agent, its controls, and what they leave in OUT.
+
+An experiment is one `Experiment`: functions and an agent. Its module hands it to `main` with a Config, every setting of which is a flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+from lightningrl import flags
+from lightningrl.config import FitConfig, setting
+from lightningrl.distributed import from_first, is_first, joined
+from lightningrl.fit import Fitted, fit
+from lightningrl.runtime.store import Store
+from lightningrl.types import Rollout, Task
+from lightningrl.warm_start import Demonstration
+
+Q = TypeVar("Q")  # a question: a frozen dataclass, of fields that JSON can hold
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(FitConfig):
+    """Settings that every experiment has."""
+
+    runner: Literal["local", "processes", "ray"] = setting(
+        "processes", "where agents run: in this process, in others beside it, or on the hosts of a Ray cluster", free=True
+    )
+    data_dir: str | None = setting(None, "real data, in its official layout; none: generated")
+    questions: int = setting(2400, "questions, training and held-out together")
+    heldout_questions: int = setting(240, "of those, held out")
+    demonstrations: int = setting(6000, "runs of the imperfect demonstrator that the warm start imitates")
+    smoke: bool = setting(False, "the same path with very little training")
+    controls: bool = setting(False, "also run the controls: more supervised steps, and shuffled rewards", free=True)
+    seconds_install: float = setting(0.0, "what installation took, for summary.json", free=True)
+    started: float = setting(0.0, "when the whole began, seconds since the epoch; 0: now", free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Generic[Q]):
+    """Questions by use."""
+
+    train: Sequence[Q]
+    heldout: Sequence[Q]
+    unseen: Sequence[Q] = ()  # about what is never trained on, such as databases
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Generic[Q]):
+    """An agent and what it is trained on.
+
+    `load` gets the settings and a folder that it may write to. `read` makes a question of `dataclasses.asdict` of one. A task's target
+    holds the answer as "gold", its input the question as "question". `report` adds to summary.json.
+    """
+
+    agent: Callable[..., Any]
+    reward: Callable[..., Any]
+    load: Callable[[Any, Path], Data[Q]]
+    read: Callable[[dict[str, Any]], Q]
+    task_of: Callable[[Q], Task]
+    demonstrate: Callable[[Sequence[Q], Any], list[Demonstration]]  # questions to train on, settings
+    content: Callable[[Q], Any]  # what of a question is data, not a place on a disk
+    smoke: Mapping[str, Any]  # settings of --smoke
+    files: Callable[[Q], Sequence[str]] = lambda question: ()  # that it is about, whose bytes are data
+    report: Callable[[Fitted, Data[Q]], Mapping[str, Any]] = lambda fitted, data: {}
+    unseen: str = "about unseen data"
+
+
+def same_data(config: Any, experiment: Experiment[Q], folder: Path) -> Data[Q]:
+    """The questions that process 0 loads, at every process: one builds what they are about."""
+
+    def load() -> Any:
+        data = experiment.load(config, folder)
+        return {use: [dataclasses.asdict(q) for q in getattr(data, use)] for use in ("train", "heldout", "unseen")}
+
+    return Data(**{use: [experiment.read(fields) for fields in questions] for use, questions in from_first(load).items()})
+
+
+def data_hash(experiment: Experiment[Q], data: Data[Q]) -> str:
+    """Of the content of questions and the bytes of the files that they are about."""
+    digest, uses = hashlib.sha256(), (data.train, data.heldout, data.unseen)
+    for questions in uses:
+        digest.update(json.dumps([experiment.content(q) for q in questions]).encode())
+    for path in sorted({path for questions in uses for q in questions for path in experiment.files(q)}):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def run(config: Any, experiment: Experiment[Q], data: Data[Q], demonstrations: Sequence[Demonstration], alter: Any = None) -> Fitted:
+    """One training run of the agent."""
+    heldout = {"heldout": [experiment.task_of(q) for q in data.heldout]}
+    if data.unseen:
+        heldout["unseen"] = [experiment.task_of(q) for q in data.unseen]
+    return fit(
+        experiment.agent,
+        [experiment.task_of(q) for q in data.train],
+        experiment.reward,
+        config,
+        heldout=heldout,
+        demonstrations=demonstrations,
+        data_hash=data_hash(experiment, data),
+        **({} if alter is None else {"alter": alter}),
+    )
+
+
+def shuffled_rewards(rollouts: Sequence[Rollout], iteration: int) -> list[Rollout]:
+    """The same rewards, handed to the wrong rollouts: whatever is learned from them is not from reward."""
+    ok = [i for i, rollout in enumerate(rollouts) if rollout.status == "ok"]
+    order = np.random.default_rng([iteration, 2]).permutation(len(ok))
+    changed = list(rollouts)
+    for i, j in zip(ok, order, strict=True):
+        changed[i] = dataclasses.replace(rollouts[i], outcome=rollouts[ok[j]].outcome)
+    return changed
+
+
+def run_controls(
+    config: Any, experiment: Experiment[Q], data: Data[Q], demonstrations: Sequence[Demonstration], main: Fitted
+) -> dict[str, Any]:
+    """The same compute spent on more supervised steps, and the same training with shuffled rewards."""
+    before = main.metrics[0]["heldout_reward"]
+    steps = config.imitation_steps + equal_compute_steps(main)
+    more = dataclasses.replace(config, out=f"{config.out}/controls/more_supervised", iterations=0, imitation_steps=steps)
+    supervised = run(more, experiment, data, demonstrations).metrics[-1]["heldout_reward"]
+    shuffled = dataclasses.replace(config, out=f"{config.out}/controls/shuffled_rewards")
+    shuffled_reward = run(shuffled, experiment, data, demonstrations, shuffled_rewards).metrics[-1]["heldout_reward"]
+    return {
+        "more_supervised": {"steps": steps, "heldout_reward": supervised, "gain": supervised - before},
+        "shuffled_rewards": {"heldout_reward": shuffled_reward, "gain": shuffled_reward - before},
+    }
+
+
+def equal_compute_steps(fitted: Fitted) -> int:
+    """Supervised updates that compute as much as all of RL did: a trained token is a forward and a backward pass (3 forward
+    passes), a scored, read or sampled one a forward pass."""
+    rows = [row for row in fitted.metrics if row["iteration"] > 0]
+    passes = sum(4 * row["trained_tokens"] + row["prompt_tokens"] + row["response_tokens"] for row in rows)
+    return round(passes / (3 * 4096))
+
+
+def print_transcripts(out: Path, iteration: int, title: str, count: int = 3) -> None:
+    """A few held-out rollouts, call by call."""
+    print(f"\n{title}")
+    with Store(out / "rollouts.sqlite") as store:
+        rollouts = sorted(store.read("heldout", iteration), key=lambda r: hashlib.sha256(r.task.id.encode()).digest())
+    for rollout in rollouts[:count]:
+        print(f"\n  {rollout.task.input['question']}")
+        for call in rollout.transitions:
+            print(f"    {call.role:<9}{' '.join(call.text.split())}")
+        print(f"    {'gold':<9}{rollout.task.target['gold']}\n    {'reward':<9}{rollout.outcome.get('reward')}")
+
+
+def summarize(config: Any, data: Data[Any], fitted: Fitted, controls: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    """What summary.json says of every experiment."""
+    first, last = fitted.metrics[0], fitted.metrics[-1]
+    rows = [row for row in fitted.metrics if row["iteration"] > 0]
+    summary = {
+        "heldout_reward_before": first["heldout_reward"],
+        "heldout_reward_after": last["heldout_reward"],
+        "heldout_questions": len(data.heldout),
+        "seconds": seconds,
+        "seconds_install": config.seconds_install,
+        "seed": config.seed,
+        "iterations": last["iteration"],
+        "rollouts": sum(row["rollouts"] for row in rows),
+        "tokens": sum(row["prompt_tokens"] + row["response_tokens"] for row in rows),
+        "controls": controls,
+        "continuing_calls": sum(row["continuing_calls"] for row in rows),
+        "continuing_calls_exact": sum(row["continuing_calls_exact"] for row in rows),
+        "logprob_gap_max": max((row["logprob_gap_max"] for row in rows), default=None),
+        "logprob_gap_mean": max((row["logprob_gap_mean"] for row in rows), default=None),
+        "train_questions": len(data.train),
+    }
+    if data.unseen:
+        summary |= {
+            "unseen_reward_before": first["unseen_reward"],
+            "unseen_reward_after": last["unseen_reward"],
+            "unseen_questions": len(data.unseen),
+        }
+    return summary
+
+
+def train(config: Any, experiment: Experiment[Q], started: float) -> None:
+    """Trains the agent, and says on process 0 what has come of it."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data = same_data(config, experiment, out)
+    if is_first():
+        unseen = f", {len(data.unseen)} {experiment.unseen}" if data.unseen else ""
+        print(f"{len(data.train)} questions to train on, {len(data.heldout)} held out{unseen}")
+    demonstrations = experiment.demonstrate(data.train, config)
+    fitted = run(config, experiment, data, demonstrations)
+    if not is_first():
+        if config.controls:
+            run_controls(config, experiment, data, demonstrations, fitted)
+        return
+    print_transcripts(out, 0, "Held-out questions before reinforcement learning:")
+    print_transcripts(out, fitted.metrics[-1]["iteration"], "The same after:")
+    seconds = time.time() - started
+    controls = run_controls(config, experiment, data, demonstrations, fitted) if config.controls else None
+    summary = summarize(config, data, fitted, controls, seconds) | dict(experiment.report(fitted, data))
+    partial = out / "summary.json.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, out / "summary.json")
+    print(
+        f"\nheld-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f} on "
+        f"{summary['heldout_questions']} questions; {seconds:.0f} s; everything is in {out}"
+    )
+
+
+def main(config_class: Any, experiment: Experiment[Any]) -> None:
+    """The command: settings from flags, and one run."""
+    started = time.time()
+    config = flags.config_from_flags(config_class)
+    started = config.started or started
+    if config.smoke:
+        config = dataclasses.replace(config, **experiment.smoke)
+    with joined(config.coordinator, config.processes, config.process):
+        train(config, experiment, started)
