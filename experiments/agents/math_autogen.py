@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +22,7 @@ from autogen_core import CancellationToken
 from autogen_core.models import ModelInfo
 from autogen_core.tools import BaseTool, ToolSchema
 from autogen_ext.models.openai import OpenAIChatCompletionClient
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 MODEL = "policy"
 SYSTEM = "Calculate step by step. Then say ### ANSWER: number ###"
@@ -40,7 +40,7 @@ class Arguments(BaseModel):
     expression: str
 
 
-class Calculator(BaseTool[Arguments, str]):
+class Calculator(BaseTool[Arguments, str]):  # type: ignore[type-var]  # a result may be a text, too
     """The tool that the model sees. A call of it is so short that it need not leave the event loop."""
 
     def __init__(self, calculate: Calculate) -> None:
@@ -48,8 +48,14 @@ class Calculator(BaseTool[Arguments, str]):
         self.calculate = calculate
 
     @functools.cached_property
-    def schema(self) -> ToolSchema:  # type: ignore[override]  # asked for with every call, a tenth of the client's time
+    def schema(self) -> ToolSchema:  # asked for with every call, a tenth of the client's time
         return super().schema
+
+    async def run_json(self, args: Mapping[str, Any], cancellation_token: CancellationToken, call_id: str | None = None) -> Any:
+        try:
+            return await super().run_json(args, cancellation_token, call_id)
+        except ValidationError:  # its own words are many
+            return "error: give an expression"
 
     async def run(self, args: Arguments, cancellation_token: CancellationToken) -> str:
         return self.calculate(args.expression)

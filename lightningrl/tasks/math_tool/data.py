@@ -53,19 +53,25 @@ def _problem(line: str, place: str, with_mistakes: bool) -> Problem:
         raise UserError(f"{place}: this is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{place}: this should be a record with id, question, answer and chain")
-    texts = {name: record.get(name) for name in ("id", "question", "answer")}
-    for name, value in texts.items():
-        if not isinstance(value, str):
-            raise UserError(f"{place}: there is no text field {name!r}")
-    if read_number(texts["answer"]) is None:
-        raise UserError(f"{place}: the answer {texts['answer']!r} is not a number")
-    problem = Problem(**texts, chain=_chain(record.get("chain"), place), kind=str(record.get("source", "")))
+    id, question, answer = (_text(record, name, place) for name in ("id", "question", "answer"))
+    if read_number(answer) is None:
+        raise UserError(f"{place}: the answer {answer!r} is not a number")
+    problem = Problem(id, question, answer, _chain(record.get("chain"), place), kind=str(record.get("source", "")))
     steps = steps_of(problem.chain) if with_mistakes and ends_in_answer(problem) else None
     return problem if steps is None else dataclasses.replace(problem, wrong=wrong_chains(steps, problem.answer))
 
 
+def _text(record: dict[str, Any], name: str, place: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise UserError(f"{place}: there is no text field {name!r}")
+    return value
+
+
 def _chain(value: Any, place: str) -> Chain:
-    calls = value if isinstance(value, list) else [None]
-    if not all(isinstance(call, list) and len(call) == 2 and all(isinstance(text, str) for text in call) for call in calls):
+    def is_call(call: Any) -> bool:
+        return isinstance(call, list) and len(call) == 2 and all(isinstance(text, str) for text in call)
+
+    if not isinstance(value, list) or not all(map(is_call, value)):
         raise UserError(f"{place}: the chain should be a list of [expression, value] pairs of texts")
-    return tuple((expression, result) for expression, result in calls)
+    return tuple((expression, result) for expression, result in value)

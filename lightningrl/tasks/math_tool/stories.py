@@ -136,7 +136,7 @@ def tell(kind: str, rng: np.random.Generator) -> Story:
     events = [OPENINGS[opening], *(EVENTS[name] for name in others)]
     n, m, *names = (NAMES[i] for i in rng.permutation(len(NAMES)))
     h, g = (HOLDERS[i] for i in rng.permutation(len(HOLDERS))[:2])
-    words = {"n": n, "m": m, "t": THINGS[rng.integers(len(THINGS))], "h": h, "g": g}
+    words = {"n": n, "m": m, "t": THINGS[int(rng.integers(len(THINGS)))], "h": h, "g": g}
     used: set[int] = set()
     sentences: list[str] = []
     steps: list[Step] = []
@@ -145,8 +145,9 @@ def tell(kind: str, rng: np.random.Generator) -> Story:
         numbers = {letter: str(_draw(span, used, rng)) for letter, span in zip("abcd", event.numbers, strict=False)}
         sentences.append(_one_of(event.wordings, rng).format(**words, **numbers))
         first = len(steps)
-        operands: dict[Operand, Operand] = {_BEFORE: before, _FIRST: first, **numbers}
-        operands |= {i: first + i for i in range(len(event.steps))}
+        operands: dict[Operand, Operand] = {_BEFORE: before, _FIRST: first}
+        operands.update(numbers)
+        operands.update((i, first + i) for i in range(len(event.steps)))
         steps += [Step(operands[step.left], step.operator, operands[step.right]) for step in event.steps]
         before = len(steps) - 1 if steps else numbers["a"]
         if event.passes:
@@ -156,12 +157,12 @@ def tell(kind: str, rng: np.random.Generator) -> Story:
 
 
 def _one_of(wordings: Sequence[str], rng: np.random.Generator) -> str:
-    return wordings[rng.integers(len(wordings))]
+    return wordings[int(rng.integers(len(wordings)))]
 
 
 def _draw(span: tuple[int, int], used: set[int], rng: np.random.Generator) -> int:
     """A number of the range that the story does not have yet."""
     free = [number for number in range(span[0], span[1] + 1) if number not in used]
-    number = free[rng.integers(len(free))]
+    number = free[int(rng.integers(len(free)))]
     used.add(number)
     return number
