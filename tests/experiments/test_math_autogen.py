@@ -103,7 +103,7 @@ def script(calls: list[DemonstratedCall]) -> list[str]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_demonstrations_are_encoded_as_the_agent_is_recorded(stage: Stage, seed: int) -> None:
-    for problem in generate_problems(seed, 23)[seed::6]:
+    for problem in generate_problems(seed, 22)[seed::6]:
         calls = demonstrate(problem, PROMPTS, np.random.default_rng(seed))
         _, recorded = play(stage, script(calls), problem.question)
         encoded = encode(calls, Renderer(stage[2]))
@@ -172,7 +172,7 @@ def test_the_agents_own_calculator(expression: str, value: str) -> None:
 
 
 def test_the_own_calculator_agrees_with_the_tasks() -> None:
-    for problem in generate_problems(1, 46):
+    for problem in generate_problems(1, 44):
         for expression, value in problem.chain:
             assert "%" in expression or arithmetic(expression) == value
 
