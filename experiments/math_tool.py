@@ -1,0 +1,135 @@
+"""Trains the AutoGen agent that solves word problems with a calculator, every setting a flag.
+
+    python -m experiments.math_tool --out=runs/math                          # on problems that it makes up itself
+    python -m experiments.math_tool --out=runs/gsm8k --data_dir=DIR --context_length=768 --vocab_size=4096
+
+The reward is numeric exact match of the final answer and nothing else. Held-out problems are never trained on, nor shown in
+the warm start. With real data, `heldout` are problems of GSM8K's test set and `unseen` those of SVAMP's challenge set.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import training
+from experiments.agents import math_autogen
+from experiments.training import Data, Experiment, TrainingConfig
+from lightningrl import flags
+from lightningrl.config import setting
+from lightningrl.fit import Fitted
+from lightningrl.runtime.store import Store
+from lightningrl.tasks.math_tool.calculator import calculate
+from lightningrl.tasks.math_tool.data import ends_in_answer, load_problems
+from lightningrl.tasks.math_tool.demonstrations import Habits, Prompts, demonstrate
+from lightningrl.tasks.math_tool.metric import CALC_X_TOLERANCE, numeric_match
+from lightningrl.tasks.math_tool.problems import Problem, generate_problems, split_problems
+from lightningrl.types import Task
+from lightningrl.warm_start import Demonstration
+
+PROMPTS = Prompts(
+    system=math_autogen.SYSTEM,
+    tool={"type": "function", "function": math_autogen.tool(calculate).schema},
+    argument="expression",
+    answer=math_autogen.ANSWER,
+    role=math_autogen.MODEL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingConfig):
+    """The quickstart's settings."""
+
+    out: str = setting("runs/math_tool", "folder for everything the run leaves; a run that is there already goes on", free=True)
+    data_dir: str | None = setting(None, "GSM8K, SVAMP and MAWPS with chains: train.jsonl, eval_gsm8k.jsonl, eval_svamp.jsonl")
+
+
+SMOKE: dict[str, Any] = {
+    "iterations": 2,
+    "tasks_per_iteration": 6,
+    "rollouts_per_task": 4,
+    "eval_every": 2,
+    "questions": 200,
+    "heldout_questions": 16,
+    "demonstrations": 200,
+    "reading_steps": 15,
+    "imitation_steps": 15,
+}
+
+
+def load_data(config: Config, folder: Path) -> Data[Problem]:
+    """The problems that the settings ask for."""
+    if config.data_dir:
+        heldout, unseen = (load_problems(config.data_dir, split, with_mistakes=False) for split in ("eval_gsm8k", "eval_svamp"))
+        train = load_problems(config.data_dir, "train")
+        return Data(train, heldout[: config.heldout_questions], unseen[: config.heldout_questions])
+    problems = generate_problems(config.seed, config.questions)
+    return Data(*split_problems(problems, config.heldout_questions, config.seed))
+
+
+def problem_from(fields: dict[str, Any]) -> Problem:
+    """The problem of `dataclasses.asdict`, whose tuples have become lists on the way between processes."""
+
+    def chain(calls: Any) -> tuple[tuple[str, str], ...]:
+        return tuple((expression, value) for expression, value in calls)
+
+    wrong = tuple((kind, chain(calls)) for kind, calls in fields["wrong"])
+    return Problem(**{**fields, "chain": chain(fields["chain"]), "wrong": wrong})
+
+
+def task_of(problem: Problem) -> Task:
+    """What the agent sees, and the answer that only the reward sees."""
+    target = {"gold": problem.answer, "kind": problem.kind, "steps": len(problem.chain)}
+    return Task(problem.id, {"question": problem.question}, target)
+
+
+def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
+    """Numeric exact match: 1 if the answer is the right number, else 0."""
+    return float(numeric_match(answer, target["gold"]))
+
+
+def demonstrations_for(problems: Sequence[Problem], config: Config) -> list[Demonstration]:
+    """Runs of the imperfect demonstrator, each problem with a gold chain as often as any other."""
+    rng = np.random.default_rng([config.seed, 1])
+    usable = [p for p in problems if ends_in_answer(p)]
+    if not usable:
+        return []
+    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, Habits()) for i in range(config.demonstrations)]
+
+
+def by_steps(fitted: Fitted, data: Data[Problem]) -> Mapping[str, Any]:
+    """Held-out accuracy of the last evaluation by the length of the gold chain, and under the loose metric of Calc-X."""
+    problems = {problem.id: problem for problem in data.heldout}
+    right: dict[int, list[bool]] = collections.defaultdict(list)
+    loose: list[bool] = []
+    with Store(fitted.out / "rollouts.sqlite") as store:
+        answers = {r.task.id: r.answer for r in store.read("heldout", fitted.metrics[-1]["iteration"])}
+    for id, problem in problems.items():
+        right[len(problem.chain)].append(numeric_match(answers.get(id), problem.answer))
+        loose.append(numeric_match(answers.get(id), problem.answer, relative_tolerance=CALC_X_TOLERANCE))
+    levels = {str(steps): {"count": len(found), "accuracy": sum(found) / len(found)} for steps, found in sorted(right.items())}
+    return {"by_steps_after": levels, "heldout_within_a_hundredth_after": sum(loose) / len(loose)}
+
+
+EXPERIMENT = Experiment(
+    agent=functools.partial(math_autogen.answer, calculate=calculate),
+    reward=reward,
+    load=load_data,
+    read=problem_from,
+    task_of=task_of,
+    demonstrate=demonstrations_for,
+    content=lambda problem: [problem.question, problem.answer],
+    report=by_steps,
+    smoke=SMOKE,
+    unseen="of SVAMP's challenge set",
+)
+
+if __name__ == "__main__":
+    flags.define_flags(Config)
+    flags.run_app(functools.partial(training.main, Config, EXPERIMENT))
