@@ -8,17 +8,14 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "lightningrl/__init__.py").read_text("utf-8"), re.M).group(1)
 
-AGENTS = ["langgraph", "langchain-openai", "openai"]
+# Without an exact version pip takes autogen's placeholder release.
+AGENTS = ["langgraph", "langchain-openai", "openai", "openai-agents", "autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5"]
 RAY = ["ray>=2.50"]
 NOTEBOOKS = ["ipykernel", "nbclient", "nbformat"]
 TEST = [
     *AGENTS,
     *NOTEBOOKS,  # run by the tests
     *RAY,
-    # Other frameworks that the gateway is tested against. Without an exact version pip takes autogen's placeholder release.
-    "openai-agents",
-    "autogen-agentchat==0.7.5",
-    "autogen-ext[openai]==0.7.5",
     # The other implementation that weights are compared with, and what `transformers serve` needs to answer from them.
     "torch",
     "accelerate",

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lightningrl"
 ORDER = (
     "errors types rollout_bytes metrics flags tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages "
     "losses recipe recipes packing model scaling sharding distributed train batches sampler evidence checkpoint policy policies "
-    "gateway runtime tasks warm_start lab manifest progress config start describe producers serving ahead loop fit show"
+    "gateway runtime tasks text_encoder warm_start lab manifest progress config start describe producers serving ahead loop fit show"
 ).split()
 HOST_ONLY = ("errors", "types", "rollout_bytes", "metrics", "flags", "tokenizer", "gateway", "runtime", "tasks")
 

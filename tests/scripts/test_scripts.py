@@ -77,6 +77,7 @@ def test_help_installs_nothing(checkout: Checkout, script: str) -> None:
         (["--seed"], "--seed needs a value; see --help."),
         (["--seed", "one"], "--seed takes a whole number from 0, not 'one'."),
         (["--database=/nowhere.sqlite"], "there is no database file /nowhere.sqlite."),
+        (["--task=chess"], "--task is sql, qa or math, not 'chess'."),
     ],
 )
 def test_bad_arguments_get_one_sentence_before_anything_is_installed(checkout: Checkout, arguments: list[str], sentence: str) -> None:
@@ -106,6 +107,13 @@ def test_quickstart_without_arguments_has_defaults(checkout: Checkout) -> None:
     assert checkout.run("scripts/quickstart.sh").returncode == 0
     (call,) = checkout.calls("-m experiments.text_to_sql")
     assert call.startswith(f"-m experiments.text_to_sql --out={checkout.root}/runs/quickstart --seed=0 --seconds_install=")
+
+
+@pytest.mark.parametrize(("task", "module"), [("qa", "multi_hop_qa"), ("math", "math_tool")])
+def test_quickstart_trains_the_agent_of_a_task(checkout: Checkout, task: str, module: str) -> None:
+    assert checkout.run("scripts/quickstart.sh", "--task", task).returncode == 0
+    (call,) = checkout.calls(f"-m experiments.{module}")
+    assert call.startswith(f"-m experiments.{module} --out={checkout.root}/runs/quickstart_{task} --seed=0 --seconds_install=")
 
 
 def test_an_environment_is_installed_once_for_each_set_of_pins(checkout: Checkout) -> None:

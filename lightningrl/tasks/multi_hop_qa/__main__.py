@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightningrl.config import FitConfig, cache_folder
 from lightningrl.errors import UserError
 from lightningrl.tasks.multi_hop_qa.data import SPLITS, data_sets, load_questions
 from lightningrl.tasks.multi_hop_qa.metric import reward
 from lightningrl.tasks.multi_hop_qa.questions import Question
 from lightningrl.tasks.multi_hop_qa.retrieval import Retriever, open_corpus
+
+CACHE = Path.home() / ".cache" / "lightningrl"  # as the training commands have it
 
 TOP = 20
 
@@ -44,7 +45,8 @@ def unfindable(retriever: Retriever, pids: set[str]) -> set[str]:
 def check(directory: str | Path, splits: Sequence[str] = SPLITS, *, cache: Path | None = None) -> dict[str, Any]:
     """Runs the gold answers of the splits. Raises `UserError` for what is missing or broken."""
     start = time.monotonic()
-    count, failed, shares = 0, [], {}
+    count, failed = 0, []
+    shares: dict[str, Any] = {}
     for folder in data_sets(directory):
         retriever = open_corpus(folder / "corpus.jsonl", cache=cache)
         by_split = {split: load_questions(folder, split) for split in splits}
@@ -67,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lightningrl.tasks.multi_hop_qa", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", metavar="DIR", type=Path, required=True, help="a data set with corpus.jsonl, or a folder of several")
     parser.add_argument("--split", choices=[*SPLITS, "all"], default="all", help="default: both files")
-    parser.add_argument("--cache", type=Path, default=cache_folder(FitConfig()), help="folder of search indexes, by content hash")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of search indexes, by content hash")
     args = parser.parse_args()
     try:
         report = check(args.check, SPLITS if args.split == "all" else [args.split], cache=args.cache / "retrieval")
