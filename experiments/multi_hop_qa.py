@@ -165,7 +165,7 @@ def accuracy(runs: Sequence[tuple[Question, Rollout]]) -> dict[str, float]:
 SEARCHES = cache_folder(FitConfig()) / "retrieval"  # indexes of large corpora, by content hash
 
 EXPERIMENT = Experiment(
-    agent=functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=SEARCHES)),
+    agent=functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=str(SEARCHES))),
     reward=reward,
     load=load_data,
     read=question_from,

@@ -39,6 +39,7 @@ from lightningrl.progress import Progress
 from lightningrl.recipe import Recipe
 from lightningrl.runtime.agents import load_function, load_tasks
 from lightningrl.runtime.intermediate import intermediate_rewards
+from lightningrl.runtime.on_processes import as_sent
 from lightningrl.runtime.on_ray import import_ray
 from lightningrl.runtime.runner import Agent, Reward
 from lightningrl.sampler.engine import SamplerSettings
@@ -109,6 +110,8 @@ def _fit(
         lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
     check_config(config, recipe)
+    if config.runner == "processes":
+        as_sent(agent)
     roles = config.train_roles if config.lora_per_role else ()
     # An engine is another recipe, and a mesh of another shape another program.
     check_same("settings", json.dumps([same_run(config), config.engine is not None, mesh.devices.shape], sort_keys=True))

@@ -42,12 +42,7 @@ class OnProcesses:
         self._processes: list[_Process] = []
 
     def __enter__(self) -> Self:
-        try:
-            sent = json.dumps(named(self._agent)).encode()
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"the agent cannot be sent to other processes ({error}): make it a function of a module, or give --runner=local"
-            ) from error
+        sent = as_sent(self._agent)
         self._processes = [_Process(sent) for _ in range(self._count)]
         return self
 
@@ -61,6 +56,16 @@ class OnProcesses:
             self._processes[least].close()
             self._processes[least] = self._processes[least].again()
         return await self._processes[least].call(arguments, base_url, api_key, seconds)
+
+
+def as_sent(agent: Agent) -> bytes:
+    """What another process finds the agent by. Raises UserError for one that it could not find."""
+    try:
+        return json.dumps(named(agent)).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the agent cannot be sent to other processes ({error}): make it a function of a module, or give --runner=local"
+        ) from error
 
 
 class _Process:

@@ -179,9 +179,9 @@ def open_corpus(corpus: str | Path, *, cache: Path | None = None) -> Bm25:
     return known.retriever
 
 
-def search_as_text(corpus: str, query: str, results: int = RESULTS, cache: Path | None = None) -> str:
+def search_as_text(corpus: str, query: str, results: int = RESULTS, cache: str | None = None) -> str:
     """The search tool as the agent has it: the best passages of a corpus file, as text."""
-    retriever = open_corpus(corpus, cache=cache)
+    retriever = open_corpus(corpus, cache=None if cache is None else Path(cache))
     return as_text([retriever.passages[i] for i in retriever.ranked(query, results)])
 
 
