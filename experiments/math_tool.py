@@ -48,6 +48,9 @@ class Config(TrainingConfig):
 
     out: str = setting("runs/math_tool", "folder for everything the run leaves; a run that is there already goes on", free=True)
     data_dir: str | None = setting(None, "GSM8K, SVAMP and MAWPS with chains: train.jsonl, eval_gsm8k.jsonl, eval_svamp.jsonl")
+    iterations: int = setting(30, "times the agents run and the policy is updated")
+    reading_steps: int = setting(200, "updates in which a new policy learns to read the demonstrations, prompts included")
+    imitation_steps: int = setting(240, "updates on the demonstrations' responses after that")
 
 
 SMOKE: dict[str, Any] = {
