@@ -218,6 +218,8 @@ def check_config(config: FitConfig, recipe: Recipe) -> None:
     reload_requests(config.engine_reload)
     if config.context_length % SamplerSettings.chunk or config.context_length < 1:
         raise UserError(f"context_length={config.context_length} must be a multiple of {SamplerSettings.chunk}")
+    if config.agent_processes < 1:
+        raise UserError(f"agent_processes={config.agent_processes} must be at least 1")
     if config.runner == "ray" and is_first():
         import_ray()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ def named(function: Callable[..., Any]) -> dict[str, Any]:
         arguments = [_named_value(value) for value in function.args]
         return named(function.func) | {"arguments": arguments, "keywords": {k: _named_value(v) for k, v in function.keywords.items()}}
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not module or not name or module == "__main__" or "<" in name:
+    if not module or not name or module == "__main__" or not _is_at(module, name, function):
         raise ValueError(f"{function!r} is not a function of a module that can be imported")
     return {"function": f"{module}:{name}"}
 
@@ -31,6 +33,13 @@ def found(description: dict[str, Any]) -> Callable[..., Any]:
         return function
     arguments = [_found_value(value) for value in description["arguments"]]
     return functools.partial(function, *arguments, **{k: _found_value(v) for k, v in description["keywords"].items()})
+
+
+def _is_at(module: str, name: str, function: Callable[..., Any]) -> bool:
+    try:
+        return operator.attrgetter(name)(sys.modules[module]) is function
+    except (KeyError, AttributeError):
+        return False
 
 
 def _named_value(value: Any) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class OnProcesses:
         self._processes: list[_Process] = []
 
     def __enter__(self) -> Self:
-        sent = as_sent(self._agent)
-        self._processes = [_Process(sent) for _ in range(self._count)]
+        self._sent = as_sent(self._agent)
+        self._processes = [_Process(self._sent) for _ in range(self._count)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +54,7 @@ class OnProcesses:
         least = min(range(self._count), key=lambda i: self._processes[i].busy)
         if self._processes[least].over:
             self._processes[least].close()
-            self._processes[least] = self._processes[least].again()
+            self._processes[least] = _Process(self._sent)
         return await self._processes[least].call(arguments, base_url, api_key, seconds)
 
 
@@ -70,7 +70,6 @@ def as_sent(agent: Agent) -> bytes:
 
 class _Process:
     def __init__(self, agent: bytes) -> None:
-        self._agent = agent
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "lightningrl.runtime.agent_process", str(theirs.fileno())]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -89,9 +88,6 @@ class _Process:
     @property
     def busy(self) -> int:
         return len(self._waiting)
-
-    def again(self) -> _Process:
-        return _Process(self._agent)
 
     async def call(self, arguments: dict[str, Any], base_url: str, api_key: str, seconds: float) -> tuple[Any, float]:
         number, loop = next(self._numbers), asyncio.get_running_loop()
@@ -151,4 +147,5 @@ class _Process:
 
 
 async def _of(future: asyncio.Future[Any]) -> Any:
+    """As a coroutine: a bare future is cancelled at once, which `within` would take for the agent's doing."""
     return await future

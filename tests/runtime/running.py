@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 from lightningrl.runtime import RolloutRequest, Runner, rollout_requests
@@ -27,3 +29,18 @@ def one(agent: Any, reward: Any = None, **settings: Any) -> Rollout:
 
 def fail(*_: Any) -> Any:
     raise AssertionError("must not be called")
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -23,6 +23,7 @@ from lightningrl.runtime.on_processes import OnProcesses
 from lightningrl.types import Rollout, Task
 from tests.runtime import sendable_agents
 from tests.runtime.fake_gateway import FakeGateway
+from tests.runtime.running import is_running, until
 
 
 def run(agent: Any, tasks: list[Task], gateway: FakeGateway, count: int = 1, store: Store | None = None, **settings: Any) -> list[Rollout]:
@@ -67,21 +68,6 @@ def test_a_process_that_dies_loses_no_rollout_and_none_counts_twice(tmp_path: Pa
         assert "the agents' process ended with status 7" in entry.text
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_ctrl_c_ends_the_processes(tmp_path: Path) -> None:
     pid_file, gateway = tmp_path / "pid", FakeGateway()
 
@@ -106,6 +92,7 @@ from lightningrl.runtime.by_name import found, named
 from lightningrl.runtime.on_processes import OnProcesses
 from lightningrl.types import Task
 from tests.runtime.fake_gateway import FakeGateway
+from tests.runtime.running import is_running, until
 from tests.runtime.sendable_agents import hang
 
 with OnProcesses(hang) as call_agent:
@@ -120,8 +107,14 @@ with OnProcesses(hang) as call_agent:
     until(lambda: not is_running(int(pid_file.read_text())))
 
 
-def test_an_agent_that_cannot_be_sent_is_refused() -> None:
-    with pytest.raises(UserError, match="make it a function of a module"), OnProcesses(lambda task, base_url, api_key: 1.0):
+class Kept:
+    def agent(self, task: Any, base_url: str, api_key: str) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("agent", [lambda task, base_url, api_key: 1.0, Kept().agent, functools.partial(sendable_agents.sync, object())])
+def test_an_agent_that_cannot_be_sent_is_refused(agent: Any) -> None:
+    with pytest.raises(UserError, match="make it a function of a module"), OnProcesses(agent):
         pass
 
 

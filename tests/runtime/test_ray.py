@@ -30,6 +30,7 @@ from lightningrl.runtime import RolloutRequest, Runner, RunnerSettings, Store, r
 from lightningrl.runtime.on_ray import OnRay, import_ray  # noqa: E402
 from lightningrl.types import Rollout, Task  # noqa: E402
 from tests.runtime.fake_gateway import FakeGateway  # noqa: E402
+from tests.runtime.running import is_running, until  # noqa: E402
 
 pytestmark = pytest.mark.slow
 SMALL = {"object_store_memory": 80_000_000, "include_dashboard": False}
@@ -175,21 +176,6 @@ def test_ctrl_c_kills_the_tasks(cluster: Cluster, tmp_path: pathlib.Path) -> Non
         timer.join()
         assert not gateway.open_sessions  # the agent itself would sleep for a minute
         until(lambda: not is_running(int(pid_file.read_text())))
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(
