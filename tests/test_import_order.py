@@ -16,11 +16,11 @@ PACKAGE = ROOT / "lightningrl"
 # A module, or everything under a folder, imports only what stands before it. `errors`, `metrics` and `flags` are edges that any
 # storey may use; they know nothing of the rest.
 ORDER = (
-    "errors types rollout_bytes metrics flags tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages "
+    "errors json_lines types rollout_bytes metrics flags tokenizer table tabulate tabulate_tree segments ratio normalize credit advantages "
     "losses recipe recipes packing model scaling sharding distributed train batches sampler evidence checkpoint policy policies "
     "gateway runtime tasks text_encoder warm_start lab manifest progress config start describe producers serving ahead loop fit show"
 ).split()
-HOST_ONLY = ("errors", "types", "rollout_bytes", "metrics", "flags", "tokenizer", "gateway", "runtime", "tasks")
+HOST_ONLY = ("errors", "json_lines", "types", "rollout_bytes", "metrics", "flags", "tokenizer", "gateway", "runtime", "tasks")
 
 
 def sources(*folders: str) -> list[pathlib.Path]:

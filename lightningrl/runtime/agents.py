@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightningrl.errors import UserError
+from lightningrl.json_lines import json_lines
 from lightningrl.types import Task
 
 
@@ -80,7 +80,7 @@ def load_tasks(path: str | Path) -> list[Task]:
     path = Path(path)
     tasks: list[Task] = []
     lines: dict[str, int] = {}
-    for number, fields in _objects(path):
+    for number, fields in json_lines(path):
         given = fields.pop("id", None)
         id_ = f"line-{number}" if given is None else str(given)
         if id_ in lines:
@@ -91,22 +91,3 @@ def load_tasks(path: str | Path) -> list[Task]:
     if not tasks:
         raise UserError(f"{path} holds no tasks: write one JSON object per line")
     return tasks
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read the tasks file {path}: {error.strerror or error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            fields = json.loads(text) if text else None
-        except ValueError as error:
-            reason = f"it is not UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise UserError(f"{path}, line {number}: not valid JSON, {reason}; write one JSON object per line") from error
-        if not text:
-            continue
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}: a task is a JSON object, this is a {type(fields).__name__}")
-        yield number, fields

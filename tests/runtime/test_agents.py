@@ -101,8 +101,8 @@ def test_tasks_with_a_byte_order_mark_and_windows_line_ends(folder: Path) -> Non
     [
         (b'{"id": 1}\n{"id": \n', ", line 2: not valid JSON, Expecting value: "),
         (b'{"id": 1}\n\n{"id": 2} extra\n', ", line 3: not valid JSON, Extra data: "),
-        (b'{"id": 1}\n[1, 2]\n', ", line 2: a task is a JSON object, this is a list"),
-        (b"null\n", ", line 1: a task is a JSON object, this is a NoneType"),
+        (b'{"id": 1}\n[1, 2]\n', ", line 2: this should be a JSON object, not a list"),
+        (b"null\n", ", line 1: this should be a JSON object, not a NoneType"),
         (b'{"id": 1}\n\n{"id": "1"}\n', ", line 3: the id '1' is that of line 1 too; give each task its own"),
         (b'{"id": "line-2"}\n{}\n', ", line 2: the id 'line-2' is that of line 1 too; give each task its own"),
         (b'{"id": 1}\n{"x": "\xff"}\n', ", line 2: not valid JSON, it is not UTF-8 (invalid start byte)"),
@@ -120,5 +120,5 @@ def test_what_is_wrong_with_a_tasks_file_is_one_sentence_with_the_line(folder: P
 
 
 def test_no_such_tasks_file(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the tasks file .*nothing\.jsonl: No such file or directory"):
+    with pytest.raises(UserError, match=r"cannot read .*nothing\.jsonl: No such file or directory"):
         load_tasks(folder / "nothing.jsonl")

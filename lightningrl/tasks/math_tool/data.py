@@ -7,11 +7,11 @@ the data sets' own annotations: some are empty, and some end in another number t
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from lightningrl.errors import UserError
+from lightningrl.json_lines import json_lines, text_field
 from lightningrl.tasks.math_tool.chains import Chain, steps_of
 from lightningrl.tasks.math_tool.metric import numeric_match, read_number
 from lightningrl.tasks.math_tool.problems import Problem, wrong_chains
@@ -31,11 +31,7 @@ def load_problems(data_dir: str | Path, split: str, *, with_mistakes: bool = Tru
     path = Path(data_dir) / FILES[split]
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; the folder should have {', '.join(FILES.values())}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a record may hold other separators of lines
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: this is not UTF-8 text ({error})") from error
-    problems = [_problem(line, f"{path}, line {i}", with_mistakes) for i, line in enumerate(lines, 1) if line.strip()]
+    problems = [_problem(record, path, number, with_mistakes) for number, record in json_lines(path)]
     if not problems:
         raise UserError(f"{path}: there are no records in it")
     return problems
@@ -46,26 +42,14 @@ def ends_in_answer(problem: Problem) -> bool:
     return bool(problem.chain) and numeric_match(problem.chain[-1][1], problem.answer)
 
 
-def _problem(line: str, place: str, with_mistakes: bool) -> Problem:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: this is not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: this should be a record with id, question, answer and chain")
-    id, question, answer = (_text(record, name, place) for name in ("id", "question", "answer"))
+def _problem(record: dict[str, Any], path: Path, number: int, with_mistakes: bool) -> Problem:
+    id, question, answer = (text_field(record, name, path, number) for name in ("id", "question", "answer"))
+    place = f"{path}, line {number}"
     if read_number(answer) is None:
         raise UserError(f"{place}: the answer {answer!r} is not a number")
     problem = Problem(id, question, answer, _chain(record.get("chain"), place), kind=str(record.get("source", "")))
     steps = steps_of(problem.chain) if with_mistakes and ends_in_answer(problem) else None
     return problem if steps is None else dataclasses.replace(problem, wrong=wrong_chains(steps, problem.answer))
-
-
-def _text(record: dict[str, Any], name: str, place: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        raise UserError(f"{place}: there is no text field {name!r}")
-    return value
 
 
 def _chain(value: Any, place: str) -> Chain:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightningrl.errors import UserError
-from lightningrl.tasks.multi_hop_qa.passages import load_passages, records, text_field
+from lightningrl.json_lines import json_lines, text_field
+from lightningrl.tasks.multi_hop_qa.passages import load_passages
 from lightningrl.tasks.multi_hop_qa.questions import Question
 
 DATA_SETS = ("musique", "2wiki", "hotpotqa")
@@ -37,7 +38,7 @@ def load_questions(folder: str | Path, split: str) -> list[Question]:
     path, corpus = Path(folder) / f"{split}.jsonl", Path(folder) / "corpus.jsonl"
     titles = {passage.pid: passage.title for passage in load_passages(corpus)}
     questions = []
-    for number, record in records(path):
+    for number, record in json_lines(path):
         support = _texts(record, "support", path, number)
         for pid in support:
             if pid not in titles:

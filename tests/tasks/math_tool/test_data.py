@@ -42,8 +42,8 @@ def test_a_folder_is_loaded(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: this is not JSON"),
-        ("[]", "line 2: this should be a record"),
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: this should be a JSON object"),
         ('{"id": "a", "question": "?"}', "line 2: there is no text field 'answer'"),
         ('{"id": "a", "question": "?", "answer": 5}', "line 2: there is no text field 'answer'"),
         ('{"id": "a", "question": "?", "answer": "many"}', "line 2: the answer 'many' is not a number"),
