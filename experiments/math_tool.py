@@ -12,11 +12,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from experiments import training
 from experiments.agents import math_autogen
@@ -27,11 +25,10 @@ from lightningrl.fit import Fitted
 from lightningrl.runtime.store import Store
 from lightningrl.tasks.math_tool.calculator import calculate
 from lightningrl.tasks.math_tool.data import ends_in_answer, load_problems
-from lightningrl.tasks.math_tool.demonstrations import Habits, Prompts, demonstrate
+from lightningrl.tasks.math_tool.demonstrations import Prompts, demonstrate
 from lightningrl.tasks.math_tool.metric import CALC_X_TOLERANCE, numeric_match
 from lightningrl.tasks.math_tool.problems import Problem, generate_problems, split_problems
 from lightningrl.types import Task
-from lightningrl.warm_start import Demonstration
 
 PROMPTS = Prompts(
     system=math_autogen.SYSTEM,
@@ -51,19 +48,6 @@ class Config(TrainingConfig):
     iterations: int = setting(30, "times the agents run and the policy is updated")
     reading_steps: int = setting(200, "updates in which a new policy learns to read the demonstrations, prompts included")
     imitation_steps: int = setting(240, "updates on the demonstrations' responses after that")
-
-
-SMOKE: dict[str, Any] = {
-    "iterations": 2,
-    "tasks_per_iteration": 6,
-    "rollouts_per_task": 4,
-    "eval_every": 2,
-    "questions": 200,
-    "heldout_questions": 16,
-    "demonstrations": 200,
-    "reading_steps": 15,
-    "imitation_steps": 15,
-}
 
 
 def load_data(config: Config, folder: Path) -> Data[Problem]:
@@ -97,15 +81,6 @@ def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
     return float(numeric_match(answer, target["gold"]))
 
 
-def demonstrations_for(problems: Sequence[Problem], config: Config) -> list[Demonstration]:
-    """Runs of the imperfect demonstrator, each problem with a gold chain as often as any other."""
-    rng = np.random.default_rng([config.seed, 1])
-    usable = [p for p in problems if ends_in_answer(p)]
-    if not usable:
-        return []
-    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, Habits()) for i in range(config.demonstrations)]
-
-
 def by_steps(fitted: Fitted, data: Data[Problem]) -> Mapping[str, Any]:
     """Held-out accuracy of the last evaluation by the length of the gold chain, and under the loose metric of Calc-X."""
     problems = {problem.id: problem for problem in data.heldout}
@@ -121,15 +96,15 @@ def by_steps(fitted: Fitted, data: Data[Problem]) -> Mapping[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    agent=functools.partial(math_autogen.answer, calculate=calculate),
+    agent=lambda config: functools.partial(math_autogen.answer, calculate=calculate),
     reward=reward,
     load=load_data,
     read=problem_from,
     task_of=task_of,
-    demonstrate=demonstrations_for,
+    demonstrate=lambda problem, rng: demonstrate(problem, PROMPTS, rng),
+    shown=ends_in_answer,
     content=lambda problem: [problem.question, problem.answer],
     report=by_steps,
-    smoke=SMOKE,
     unseen="of SVAMP's challenge set",
 )
 

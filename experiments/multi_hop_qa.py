@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,16 @@ from experiments import training
 from experiments.agents import qa_agents_sdk
 from experiments.training import Data, Experiment, TrainingConfig
 from lightningrl import flags
-from lightningrl.config import FitConfig, cache_folder, setting
+from lightningrl.config import cache_folder, setting
 from lightningrl.fit import Fitted
 from lightningrl.runtime.store import Store
 from lightningrl.tasks.multi_hop_qa import chains, metric
 from lightningrl.tasks.multi_hop_qa.data import data_sets, load_questions
-from lightningrl.tasks.multi_hop_qa.demonstrations import Habits, Prompts, demonstrate
+from lightningrl.tasks.multi_hop_qa.demonstrations import Prompts, demonstrate
 from lightningrl.tasks.multi_hop_qa.questions import Attempt, Question
 from lightningrl.tasks.multi_hop_qa.retrieval import open_corpus, search_as_text
 from lightningrl.tasks.multi_hop_qa.worlds import build_worlds
 from lightningrl.types import Rollout, Task
-from lightningrl.warm_start import Demonstration
 
 SEARCH = qa_agents_sdk.search
 PROMPTS = Prompts(
@@ -60,20 +59,6 @@ class Config(TrainingConfig):
     imitation_steps: int = setting(120, "updates on the demonstrations' responses after that")
     context_length: int = setting(320, "tokens of a prompt and its response, at most")
     max_tokens: int = setting(32, "of a response, at most, in training and evaluation")
-
-
-SMOKE: dict[str, Any] = {
-    "iterations": 2,
-    "tasks_per_iteration": 6,
-    "rollouts_per_task": 4,
-    "eval_every": 2,
-    "worlds": 8,
-    "questions": 200,
-    "heldout_questions": 16,
-    "demonstrations": 200,
-    "reading_steps": 15,
-    "imitation_steps": 15,
-}
 
 
 def load_data(config: Config, folder: Path) -> Data[Question]:
@@ -127,16 +112,6 @@ def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
     return metric.reward(answer, [target["gold"], *target["aliases"]]) if isinstance(answer, str) else 0.0
 
 
-def demonstrations_for(questions: Sequence[Question], config: Config) -> list[Demonstration]:
-    """Runs of the imperfect demonstrator, each question as often as any other."""
-    rng = np.random.default_rng([config.seed, 1])
-    usable = [q for q in questions if q.gold and q.wrong]
-    if not usable:
-        return []
-    search = functools.partial(search_as_text, results=chains.RESULTS)
-    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, Habits(), search=search) for i in range(config.demonstrations)]
-
-
 def report(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
     """Exact match and F1 on the held-out questions before and after, and the reward by hops after."""
     questions = {q.id: q for q in data.heldout}
@@ -162,19 +137,26 @@ def accuracy(runs: Sequence[tuple[Question, Rollout]]) -> dict[str, float]:
     return {name: float(np.mean([score(text, answers) for text, answers in said])) if said else 0.0 for name, score in scores.items()}
 
 
-SEARCHES = cache_folder(FitConfig()) / "retrieval"  # indexes of large corpora, by content hash
+def agent(config: Config) -> Callable[..., Any]:
+    """The agent, whose searches keep the indexes of large corpora beside the warm starts."""
+    cache = cache_folder(config) / "retrieval"
+    return functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=str(cache)))
+
+
+SEARCH_OF_A_WORLD = functools.partial(search_as_text, results=chains.RESULTS)
 
 EXPERIMENT = Experiment(
-    agent=functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=str(SEARCHES))),
+    agent=agent,
     reward=reward,
     load=load_data,
     read=question_from,
     task_of=task_of,
-    demonstrate=demonstrations_for,
+    demonstrate=lambda question, rng: demonstrate(question, PROMPTS, rng, search=SEARCH_OF_A_WORLD),
+    shown=lambda question: bool(question.gold and question.wrong),
     content=lambda question: [question.question, question.answers, question.support],
     files=lambda question: [question.corpus],
     report=report,
-    smoke=SMOKE,
+    smoke={"worlds": 8},
 )
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments import training
 from experiments.agents import sql_langgraph
 from experiments.training import Data, Experiment, TrainingConfig
@@ -26,12 +24,11 @@ from lightningrl.errors import UserError
 from lightningrl.fit import Fitted
 from lightningrl.runtime.store import Store
 from lightningrl.tasks.text_to_sql.databases import build_databases
-from lightningrl.tasks.text_to_sql.demonstrations import Habits, Prompts, demonstrate, run_as_text
+from lightningrl.tasks.text_to_sql.demonstrations import Prompts, demonstrate, run_as_text
 from lightningrl.tasks.text_to_sql.metric import execution_match
 from lightningrl.tasks.text_to_sql.questions import Question, generate_questions, split_questions
 from lightningrl.tasks.text_to_sql.spider import accuracy_by_hardness, load_spider
 from lightningrl.types import Task
-from lightningrl.warm_start import Demonstration
 
 PROMPTS = Prompts(
     writer_system=sql_langgraph.WRITER_SYSTEM,
@@ -53,22 +50,6 @@ class Config(TrainingConfig):
     databases: int = setting(3, "generated databases to train on")
     unseen_databases: int = setting(3, "generated databases, of other domains, to evaluate on only")
     unseen_questions: int = setting(60, "questions about unseen databases")
-
-
-SMOKE: dict[str, Any] = {
-    "iterations": 2,
-    "tasks_per_iteration": 6,
-    "rollouts_per_task": 4,
-    "eval_every": 2,
-    "databases": 2,
-    "unseen_databases": 1,
-    "questions": 200,
-    "heldout_questions": 16,
-    "unseen_questions": 4,
-    "demonstrations": 200,
-    "reading_steps": 15,
-    "imitation_steps": 15,
-}
 
 
 def load_data(config: Config, folder: Path) -> Data[Question]:
@@ -114,15 +95,6 @@ def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
     return float(isinstance(answer, str) and execution_match(target["gold"], answer, task["database"]))
 
 
-def demonstrations_for(questions: Sequence[Question], config: Config) -> list[Demonstration]:
-    """Runs of the imperfect demonstrator, each question as often as any other."""
-    rng = np.random.default_rng([config.seed, 1])
-    usable = [q for q in questions if q.wrong]
-    if not usable:
-        return []
-    return [demonstrate(usable[i % len(usable)], PROMPTS, rng, Habits()) for i in range(config.demonstrations)]
-
-
 def by_hardness(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
     """Held-out accuracy of the last evaluation by Spider's levels."""
     with Store(fitted.out / "rollouts.sqlite") as store:
@@ -131,16 +103,17 @@ def by_hardness(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    agent=functools.partial(sql_langgraph.answer, execute=run_as_text),
+    agent=lambda config: functools.partial(sql_langgraph.answer, execute=run_as_text),
     reward=reward,
     load=load_data,
     read=question_from,
     task_of=task_of,
-    demonstrate=demonstrations_for,
+    demonstrate=lambda question, rng: demonstrate(question, PROMPTS, rng),
+    shown=lambda question: bool(question.wrong),
     content=lambda question: [question.question, question.gold, question.schema],
     files=lambda question: [question.database],
     report=by_hardness,
-    smoke=SMOKE,
+    smoke={"databases": 2, "unseen_databases": 1, "unseen_questions": 4},
     unseen="about unseen databases",
 )
 

@@ -44,6 +44,19 @@ class TrainingConfig(FitConfig):
     started: float = setting(0.0, "when the whole began, seconds since the epoch; 0: now", free=True)
 
 
+SMOKE: dict[str, Any] = {
+    "iterations": 2,
+    "tasks_per_iteration": 6,
+    "rollouts_per_task": 4,
+    "eval_every": 2,
+    "questions": 200,
+    "heldout_questions": 16,
+    "demonstrations": 200,
+    "reading_steps": 15,
+    "imitation_steps": 15,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Data(Generic[Q]):
     """Questions by use."""
@@ -61,14 +74,15 @@ class Experiment(Generic[Q]):
     holds the answer as "gold", its input the question as "question". `report` adds to summary.json.
     """
 
-    agent: Callable[..., Any]
+    agent: Callable[[Any], Callable[..., Any]]  # of the settings
     reward: Callable[..., Any]
     load: Callable[[Any, Path], Data[Q]]
     read: Callable[[dict[str, Any]], Q]
     task_of: Callable[[Q], Task]
-    demonstrate: Callable[[Sequence[Q], Any], list[Demonstration]]  # questions to train on, settings
+    demonstrate: Callable[[Q, np.random.Generator], Demonstration]  # one run of the imperfect demonstrator
+    shown: Callable[[Q], bool]  # whether it can be demonstrated
     content: Callable[[Q], Any]  # what of a question is data, not a place on a disk
-    smoke: Mapping[str, Any]  # settings of --smoke
+    smoke: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of --smoke beside `SMOKE`
     files: Callable[[Q], Sequence[str]] = lambda question: ()  # that it is about, whose bytes are data
     report: Callable[[Fitted, Data[Q]], Mapping[str, Any]] = lambda fitted, data: {}
     unseen: str = "about unseen data"
@@ -94,13 +108,20 @@ def data_hash(experiment: Experiment[Q], data: Data[Q]) -> str:
     return digest.hexdigest()
 
 
+def demonstrations_for(experiment: Experiment[Q], questions: Sequence[Q], config: Any) -> list[Demonstration]:
+    """Runs of the imperfect demonstrator, each question that can be shown as often as any other; none where none can."""
+    rng = np.random.default_rng([config.seed, 1])
+    shown = [question for question in questions if experiment.shown(question)]
+    return [experiment.demonstrate(shown[i % len(shown)], rng) for i in range(config.demonstrations)] if shown else []
+
+
 def run(config: Any, experiment: Experiment[Q], data: Data[Q], demonstrations: Sequence[Demonstration], alter: Any = None) -> Fitted:
     """One training run of the agent."""
     heldout = {"heldout": [experiment.task_of(q) for q in data.heldout]}
     if data.unseen:
         heldout["unseen"] = [experiment.task_of(q) for q in data.unseen]
     return fit(
-        experiment.agent,
+        experiment.agent(config),
         [experiment.task_of(q) for q in data.train],
         experiment.reward,
         config,
@@ -195,7 +216,7 @@ def train(config: Any, experiment: Experiment[Q], started: float) -> None:
     if is_first():
         unseen = f", {len(data.unseen)} {experiment.unseen}" if data.unseen else ""
         print(f"{len(data.train)} questions to train on, {len(data.heldout)} held out{unseen}")
-    demonstrations = experiment.demonstrate(data.train, config)
+    demonstrations = demonstrations_for(experiment, data.train, config)
     fitted = run(config, experiment, data, demonstrations)
     if not is_first():
         if config.controls:
@@ -221,6 +242,6 @@ def main(config_class: Any, experiment: Experiment[Any]) -> None:
     config = flags.config_from_flags(config_class)
     started = config.started or started
     if config.smoke:
-        config = dataclasses.replace(config, **experiment.smoke)
+        config = dataclasses.replace(config, **(SMOKE | dict(experiment.smoke)))
     with joined(config.coordinator, config.processes, config.process):
         train(config, experiment, started)

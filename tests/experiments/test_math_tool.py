@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.math_tool import EXPERIMENT, Config, demonstrations_for, load_data, problem_from, reward, task_of
-from experiments.training import same_data
+from experiments.math_tool import EXPERIMENT, Config, load_data, problem_from, reward, task_of
+from experiments.training import demonstrations_for, same_data
 from lightningrl.config import same_run
 from lightningrl.errors import UserError
 
@@ -39,7 +39,7 @@ def test_problems_pass_between_processes_unchanged(tmp_path: Path) -> None:
 
 def test_every_problem_is_demonstrated_as_often_as_any_other(tmp_path: Path) -> None:
     data = load_data(SMALL, tmp_path)
-    shown = collections.Counter(demo[0].messages[1]["content"] for demo in demonstrations_for(data.train, SMALL))
+    shown = collections.Counter(demo[0].messages[1]["content"] for demo in demonstrations_for(EXPERIMENT, data.train, SMALL))
     assert sum(shown.values()) == 90 and max(shown.values()) - min(shown.values()) <= 1 and len(shown) == len(data.train)
 
 
@@ -62,6 +62,8 @@ def test_real_problems(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     data = load_data(dataclasses.replace(SMALL, data_dir=str(tmp_path)), tmp_path)
     assert ([p.id for p in data.train], len(data.heldout), len(data.unseen)) == (["a", "b"], 1, 20)
-    assert {demo[0].messages[1]["content"] for demo in demonstrations_for(data.train, SMALL)} == {"Two and three?"}  # b has no gold calls
+    assert {demo[0].messages[1]["content"] for demo in demonstrations_for(EXPERIMENT, data.train, SMALL)} == {
+        "Two and three?"
+    }  # b has no gold calls
     with pytest.raises(UserError, match="there is no such file"):
         load_data(dataclasses.replace(SMALL, data_dir=str(tmp_path / "none")), tmp_path)

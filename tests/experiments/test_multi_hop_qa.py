@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.multi_hop_qa import Config, accuracy, demonstrations_for, load_data, question_from, reward, task_of
+from experiments.multi_hop_qa import EXPERIMENT, Config, accuracy, load_data, question_from, reward, task_of
+from experiments.training import demonstrations_for
 from lightningrl.errors import UserError
 from lightningrl.tasks.multi_hop_qa.questions import Question
 from lightningrl.types import Rollout
@@ -41,7 +42,7 @@ def test_a_question_survives_the_way_between_processes(tmp_path: Path) -> None:
 
 def test_every_question_is_demonstrated_as_often_as_any_other(tmp_path: Path) -> None:
     data = load_data(SMALL, tmp_path)
-    shown = collections.Counter(demo[0].messages[1]["content"] for demo in demonstrations_for(data.train, SMALL))
+    shown = collections.Counter(demo[0].messages[1]["content"] for demo in demonstrations_for(EXPERIMENT, data.train, SMALL))
     assert sum(shown.values()) == 90 and max(shown.values()) - min(shown.values()) <= 1 and len(shown) == len(data.train)
     assert not set(shown) & {question.question for question in data.heldout}
 
@@ -83,6 +84,6 @@ def test_real_data_is_taken_from_a_folder(tmp_path: Path) -> None:
     assert (len(one.train), len(one.heldout)) == (2, 1)
     target = task_of(one.train[0]).target
     assert (target["gold"], target["aliases"], target["support"]) == ("Rome", ["Roma"], ["Mill"])
-    assert task_of(one.train[0]).input["results"] == 3 and demonstrations_for(one.train, SMALL) == []
+    assert task_of(one.train[0]).input["results"] == 3 and demonstrations_for(EXPERIMENT, one.train, SMALL) == []
     with pytest.raises(UserError, match="no corpus.jsonl"):
         load_data(dataclasses.replace(SMALL, data_dir=str(tmp_path / "none")), tmp_path / "out")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.text_to_sql import Config, demonstrations_for, load_data, reward, task_of
-from experiments.training import shuffled_rewards
+from experiments.text_to_sql import EXPERIMENT, Config, load_data, reward, task_of
+from experiments.training import demonstrations_for, shuffled_rewards
 from lightningrl.config import same_run
 from lightningrl.errors import UserError
 from lightningrl.tasks.text_to_sql.databases import build_databases
@@ -47,7 +47,7 @@ def test_one_source_of_questions_at_a_time(tmp_path: Path) -> None:
 
 def test_every_question_is_demonstrated_as_often_as_any_other(tmp_path: Path) -> None:
     data = load_data(SMALL, tmp_path)
-    shown = collections.Counter(demo[0].messages[1]["content"] for demo in demonstrations_for(data.train, SMALL))
+    shown = collections.Counter(demo[0].messages[1]["content"] for demo in demonstrations_for(EXPERIMENT, data.train, SMALL))
     assert sum(shown.values()) == 90 and max(shown.values()) - min(shown.values()) <= 1
     assert len(shown) == len(data.train)
 

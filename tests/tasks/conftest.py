@@ -12,13 +12,18 @@ import pytest
 from lightningrl.tasks.text_to_sql.databases import build_databases
 
 
+def data_folder(name: str, file: str) -> Path:
+    """A folder of real data, kept outside the project: $LIGHTNINGRL_DATA/name or ../shared/data/name, which has that file."""
+    folder = Path(os.environ.get("LIGHTNINGRL_DATA") or Path(__file__).parents[3] / "shared" / "data") / name
+    if not (folder / file).is_file():
+        pytest.skip(f"there is no {file} in {folder}; set LIGHTNINGRL_DATA to the folder that has {name}/")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def spider_dir() -> Path:
-    """Spider in its official layout, kept outside the project: $LIGHTNINGRL_DATA/spider or ../shared/data/spider."""
-    root = Path(os.environ.get("LIGHTNINGRL_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not (root / "spider" / "dev.json").is_file():
-        pytest.skip(f"Spider is not at {root / 'spider'}; set LIGHTNINGRL_DATA to the folder that has spider/")
-    return root / "spider"
+    """Spider in its official layout."""
+    return data_folder("spider", "dev.json")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightningrl.tasks.text_to_sql.demonstrations import Habits, Prompts, demonstrate, draft_right, favourites, run_as_text
+from lightningrl.tasks.habits import right_share
+from lightningrl.tasks.text_to_sql.demonstrations import Habits, Prompts, demonstrate, favourites, run_as_text
 from lightningrl.tasks.text_to_sql.questions import Question, generate_questions
 
 PROMPTS = Prompts(
@@ -85,14 +86,18 @@ def test_the_demonstrator_is_right_sometimes_on_every_question(questions: list[Q
             verdicts[(calls[0].response == question.gold) == (calls[1].response == "CORRECT")] += 1
     right = favourite = wrong = 0
     for question in questions:
-        rate = draft_right(question.kind, habits)
+        rate = right_share(question.kind, habits.draft_right, habits.seed)
         assert habits.draft_right[0] <= rate <= habits.draft_right[1]
         count = first[question.id][question.gold]
         assert 0 < count < 100 and abs(count - 100 * rate) < 5 * 100**0.5 / 2  # five standard errors
         right += count
         wrong += 100 - count
         favourite += first[question.id][favourites(question, habits.seed)[0]]
-    assert abs(right - sum(100 * draft_right(q.kind, habits) for q in questions)) < 5 * (100 * len(questions)) ** 0.5 / 2
+    expected = sum(100 * right_share(q.kind, habits.draft_right, habits.seed) for q in questions)
+    assert abs(right - expected) < 5 * (100 * len(questions)) ** 0.5 / 2
+        abs(right - sum(100 * right_share(q.kind, habits.draft_right, habits.seed) for q in questions))
+        < 5 * (100 * len(questions)) ** 0.5 / 2
+    )
     assert abs(favourite / wrong - habits.favourite) < 5 * 0.5 / wrong**0.5
     assert abs(verdicts[True] / 6400 - habits.check_right) < 0.02
 

@@ -8,15 +8,13 @@ the answer, but only a rounding of what its expression is worth, less than a hun
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Literal
 
-from lightningrl.errors import UserError
+from lightningrl.tasks.check import parser_of, print_report, splits_of
 from lightningrl.tasks.math_tool.calculator import calculate
 from lightningrl.tasks.math_tool.data import FILES, ends_in_answer, load_problems
 from lightningrl.tasks.math_tool.metric import CALC_X_TOLERANCE, numeric_match
@@ -59,17 +57,9 @@ def check(data_dir: Path, splits: list[str]) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lightningrl.tasks.math_tool", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", metavar="DIR", type=Path, required=True, help=f"a folder with {', '.join(FILES.values())}")
-    parser.add_argument("--split", choices=[*FILES, "all"], default="all", help="default: all files")
+    parser = parser_of("math_tool", __doc__ or "", f"a folder with {', '.join(FILES.values())}", list(FILES))
     args = parser.parse_args()
-    try:
-        report = check(args.check, list(FILES) if args.split == "all" else [args.split])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=2))
-    return 0
+    return print_report(lambda: check(args.check, splits_of(args.split, list(FILES))))
 
 
 if __name__ == "__main__":

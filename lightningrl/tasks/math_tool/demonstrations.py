@@ -7,13 +7,13 @@ learning can use. Its mistakes are habits, one favourite for each kind of proble
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lightningrl.tasks.habits import choose, fondness, right_share
 from lightningrl.tasks.math_tool.calculator import calculate
 from lightningrl.tasks.math_tool.chains import Chain
 from lightningrl.tasks.math_tool.problems import Problem
@@ -83,25 +83,16 @@ def favourites(problem: Problem, seed: int) -> list[Chain]:
     """
 
     def rank(mistake: str) -> tuple[bool, bytes]:
-        return mistake.startswith("number"), hashlib.blake2b(f"{seed}/{problem.kind}/{mistake}".encode(), digest_size=8).digest()
+        return mistake.startswith("number"), fondness(problem.kind, mistake, seed)
 
     return [chain for _, chain in sorted(problem.wrong, key=lambda pair: rank(pair[0]))]
 
 
-def right_share(kind: str, habits: Habits) -> float:
-    """How often a run is right on this kind of problem."""
-    low, high = habits.right
-    digest = hashlib.blake2b(f"{habits.seed}/{kind}".encode(), digest_size=8).digest()
-    return low + (high - low) * int.from_bytes(digest, "big") / 2**64
-
-
 def _chosen_chain(problem: Problem, rng: np.random.Generator, habits: Habits) -> Chain:
-    if not problem.wrong or rng.random() < right_share(problem.kind, habits):
+    if not problem.wrong:
         return problem.chain
-    favourite, *others = favourites(problem, habits.seed)
-    if rng.random() < habits.favourite or not others:
-        return favourite
-    return others[rng.integers(len(others))]
+    right = right_share(problem.kind, habits.right, habits.seed)
+    return choose(problem.chain, favourites(problem, habits.seed), right, habits.favourite, rng)
 
 
 def _message(role: str, content: str) -> Mapping[str, Any]:

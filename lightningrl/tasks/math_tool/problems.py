@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from lightningrl.errors import UserError
 from lightningrl.tasks.math_tool.chains import Chain, Step, mistakes, solved
 from lightningrl.tasks.math_tool.metric import numeric_match
 from lightningrl.tasks.math_tool.stories import KINDS, Story, tell
+from lightningrl.tasks.splits import held_out
 
 MAX_VALUE = 300  # of a gold chain: every number of the problems is a word that a small policy has to learn
 MAX_WRONG_CHARS = 6  # of a value in a wrong chain, for the same reason
@@ -80,15 +80,7 @@ def split_problems(problems: Sequence[Problem], heldout_count: int, seed: int) -
     Of each kind the same share is held out. Problems with the calls of a held-out one, in other words, go to neither
     side. Raises `UserError` if nothing would be left to train on.
     """
-    by_kind: dict[str, list[Problem]] = collections.defaultdict(list)
-    for i in np.random.default_rng([seed, 0x5B117]).permutation(len(problems)):
-        by_kind[problems[i].kind].append(problems[i])
-    # By how far into its kind a problem stands: cut anywhere, the list has taken about the same share of every kind.
-    ranked = sorted(
-        (((rank + 0.5) / len(members), kind, problem) for kind, members in by_kind.items() for rank, problem in enumerate(members)),
-        key=lambda entry: entry[:2],
-    )
-    heldout = [problem for _, _, problem in ranked[:heldout_count]]
+    heldout = held_out(problems, heldout_count, seed)
     texts = {problem.question.lower() for problem in heldout}
     chains = {problem.chain for problem in heldout if problem.chain}
     train = [p for p in problems if p.question.lower() not in texts and p.chain not in chains]

@@ -8,15 +8,13 @@ question finds all supporting passages; `seconds`; and `failed`, the ids of ques
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightningrl.errors import UserError
+from lightningrl.tasks.check import parser_of, print_report, splits_of
 from lightningrl.tasks.multi_hop_qa.data import SPLITS, data_sets, load_questions
 from lightningrl.tasks.multi_hop_qa.metric import reward
 from lightningrl.tasks.multi_hop_qa.questions import Question
@@ -66,18 +64,10 @@ def check(directory: str | Path, splits: Sequence[str] = SPLITS, *, cache: Path 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lightningrl.tasks.multi_hop_qa", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", metavar="DIR", type=Path, required=True, help="a data set with corpus.jsonl, or a folder of several")
-    parser.add_argument("--split", choices=[*SPLITS, "all"], default="all", help="default: both files")
+    parser = parser_of("multi_hop_qa", __doc__ or "", "a data set with corpus.jsonl, or a folder of several", SPLITS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of search indexes, by content hash")
     args = parser.parse_args()
-    try:
-        report = check(args.check, SPLITS if args.split == "all" else [args.split], cache=args.cache / "retrieval")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=2))
-    return 0
+    return print_report(lambda: check(args.check, splits_of(args.split, SPLITS), cache=args.cache / "retrieval"))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ often may be wrong and what it does sometimes is right.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lightningrl.tasks.habits import choose, fondness, right_share
 from lightningrl.tasks.multi_hop_qa.questions import Attempt, Question
 from lightningrl.types import DemonstratedCall
 
@@ -77,24 +77,9 @@ def search_call(tool: Mapping[str, Any], query: str) -> str:
 
 def favourites(question: Question, seed: int) -> list[Attempt]:
     """The mistakes that the question leaves room for, the dearest to the demonstrator of its kind first."""
-
-    def rank(attempt: Attempt) -> bytes:
-        return hashlib.blake2b(f"{seed}/{question.kind}/{attempt.kind}".encode(), digest_size=8).digest()
-
-    return sorted(question.wrong, key=rank)
-
-
-def right_share(kind: str, habits: Habits) -> float:
-    """How often a run is right on this kind of question: on some more often than any mistake, on others not."""
-    low, high = habits.right
-    digest = hashlib.blake2b(f"{habits.seed}/{kind}".encode(), digest_size=8).digest()
-    return low + (high - low) * int.from_bytes(digest, "big") / 2**64
+    return sorted(question.wrong, key=lambda attempt: fondness(question.kind, attempt.kind, seed))
 
 
 def _attempt(question: Question, gold: Attempt, habits: Habits, rng: np.random.Generator) -> Attempt:
-    favourite, *others = favourites(question, habits.seed)
-    if rng.random() < right_share(question.kind, habits):
-        return gold
-    if rng.random() < habits.favourite or not others:
-        return favourite
-    return others[rng.integers(len(others))]
+    right = right_share(question.kind, habits.right, habits.seed)
+    return choose(gold, favourites(question, habits.seed), right, habits.favourite, rng)

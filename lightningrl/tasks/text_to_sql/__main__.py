@@ -6,13 +6,11 @@ many rows as the data set says, and match themselves under the metric), `seconds
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-from lightningrl.errors import UserError
+from lightningrl.tasks.check import parser_of, print_report, splits_of
 from lightningrl.tasks.text_to_sql.metric import GOLD_MAX_ROWS, GOLD_TIME_LIMIT_S, execution_match
 from lightningrl.tasks.text_to_sql.questions import Question
 from lightningrl.tasks.text_to_sql.spider import FILES, load_spider
@@ -42,17 +40,9 @@ def check(data_dir: Path, splits: list[str]) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lightningrl.tasks.text_to_sql", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", metavar="DIR", type=Path, required=True, help="a data set in Spider's official layout")
-    parser.add_argument("--split", choices=[*FILES, "all"], default="all", help="default: both files")
+    parser = parser_of("text_to_sql", __doc__ or "", "a data set in Spider's official layout", list(FILES))
     args = parser.parse_args()
-    try:
-        report = check(args.check, list(FILES) if args.split == "all" else [args.split])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=2))
-    return 0
+    return print_report(lambda: check(args.check, splits_of(args.split, list(FILES))))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ often is wrong and what it does sometimes is right.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from lightningrl.tasks.habits import choose, fondness, right_share
 from lightningrl.tasks.text_to_sql.questions import Question
 from lightningrl.tasks.text_to_sql.sql_tool import as_text, run_query
 from lightningrl.types import DemonstratedCall
@@ -84,27 +84,12 @@ def demonstrate(
 
 def favourites(question: Question, seed: int) -> list[str]:
     """The mistakes that the question leaves room for, the dearest to the demonstrator of its kind first."""
-
-    def rank(mistake: str) -> bytes:
-        return hashlib.blake2b(f"{seed}/{question.kind}/{mistake}".encode(), digest_size=8).digest()
-
-    return [sql for _, sql in sorted(question.wrong, key=lambda pair: rank(pair[0]))]
-
-
-def draft_right(kind: str, habits: Habits) -> float:
-    """How often a first draft is right on this kind of question: on some more often than any mistake, on others not."""
-    low, high = habits.draft_right
-    digest = hashlib.blake2b(f"{habits.seed}/{kind}".encode(), digest_size=8).digest()
-    return low + (high - low) * int.from_bytes(digest, "big") / 2**64
+    return [sql for _, sql in sorted(question.wrong, key=lambda pair: fondness(question.kind, pair[0], seed))]
 
 
 def _first_draft(question: Question, habits: Habits, rng: np.random.Generator) -> str:
-    favourite, *others = favourites(question, habits.seed)
-    if rng.random() < draft_right(question.kind, habits):
-        return question.gold
-    if rng.random() < habits.favourite or not others:
-        return favourite
-    return others[rng.integers(len(others))]
+    right = right_share(question.kind, habits.draft_right, habits.seed)
+    return choose(question.gold, favourites(question, habits.seed), right, habits.favourite, rng)
 
 
 def _next_draft(question: Question, previous: str, habits: Habits, rng: np.random.Generator) -> str:

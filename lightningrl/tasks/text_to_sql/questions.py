@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lightningrl.errors import UserError
+from lightningrl.tasks.splits import held_out
 from lightningrl.tasks.text_to_sql.hardness import hardness
 from lightningrl.tasks.text_to_sql.metric import execution_match
 from lightningrl.tasks.text_to_sql.mistakes import mistakes
@@ -144,15 +145,7 @@ def split_questions(questions: Sequence[Question], heldout_count: int, seed: int
     few questions of is trained on too. Questions that share their text with a held-out one (on another database) go to
     neither side. Raises `UserError` if nothing would be left to train on.
     """
-    by_kind: dict[str, list[Question]] = {}
-    for i in np.random.default_rng([seed, 0x5B117]).permutation(len(questions)):
-        by_kind.setdefault(questions[i].kind, []).append(questions[i])
-    # By how far into its kind a question stands: cut anywhere, the list has taken about the same share of every kind.
-    ranked = sorted(
-        (((rank + 0.5) / len(members), kind, question) for kind, members in by_kind.items() for rank, question in enumerate(members)),
-        key=lambda entry: entry[:2],
-    )
-    heldout = [question for _, _, question in ranked[:heldout_count]]
+    heldout = held_out(questions, heldout_count, seed)
     texts = {question.question.lower() for question in heldout}
     golds = {(question.database, question.gold) for question in heldout}
     chosen = {question.id for question in heldout}

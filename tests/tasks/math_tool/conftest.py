@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tasks.conftest import data_folder
+
 
 @pytest.fixture(scope="session")
 def calc_dir() -> Path:
-    """GSM8K, SVAMP and MAWPS with chains, kept outside the project: $LIGHTNINGRL_DATA/calc or ../shared/data/calc."""
-    root = Path(os.environ.get("LIGHTNINGRL_DATA") or Path(__file__).parents[4] / "shared" / "data")
-    if not (root / "calc" / "train.jsonl").is_file():
-        pytest.skip(f"the word problems are not at {root / 'calc'}; set LIGHTNINGRL_DATA to the folder that has calc/")
-    return root / "calc"
+    """GSM8K, SVAMP and MAWPS with chains."""
+    return data_folder("calc", "train.jsonl")
 
 
 def record(id: str, answer: str, chain: list[list[str]], **more: Any) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightningrl.tasks.habits import right_share
 from lightningrl.tasks.math_tool.calculator import calculate
 from lightningrl.tasks.math_tool.chains import Chain
-from lightningrl.tasks.math_tool.demonstrations import Habits, Prompts, demonstrate, favourites, right_share
+from lightningrl.tasks.math_tool.demonstrations import Habits, Prompts, demonstrate, favourites
 from lightningrl.tasks.math_tool.problems import Problem, generate_problems
 from lightningrl.types import DemonstratedCall
 
@@ -62,7 +63,7 @@ def test_the_demonstrator_is_right_sometimes_on_every_problem(problems: list[Pro
     wrong = favourite = 0
     for problem in problems:
         found = collections.Counter(chain_of(demonstrate(problem, PROMPTS, rng, habits)) for _ in range(100))
-        rate = right_share(problem.kind, habits)
+        rate = right_share(problem.kind, habits.right, habits.seed)
         assert habits.right[0] <= rate <= habits.right[1]
         assert 0 < found[problem.chain] < 100 and abs(found[problem.chain] - 100 * rate) < 5 * 100**0.5 / 2  # five standard errors
         wrong += 100 - found[problem.chain]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,13 @@ from lightningrl.tasks.multi_hop_qa.chains import generate_questions
 from lightningrl.tasks.multi_hop_qa.questions import Question
 from lightningrl.tasks.multi_hop_qa.retrieval import open_corpus
 from lightningrl.tasks.multi_hop_qa.worlds import build_worlds
+from tests.tasks.conftest import data_folder
 
 
 @pytest.fixture(scope="session")
 def multihop_dir() -> Path:
-    """MuSiQue, 2Wiki and HotpotQA, kept outside the project: $LIGHTNINGRL_DATA/multihop or ../shared/data/multihop."""
-    root = Path(os.environ.get("LIGHTNINGRL_DATA") or Path(__file__).parents[4] / "shared" / "data")
-    if not (root / "multihop" / "musique" / "corpus.jsonl").is_file():
-        pytest.skip(f"multi-hop data is not at {root / 'multihop'}; set LIGHTNINGRL_DATA to the folder that has multihop/")
-    return root / "multihop"
+    """MuSiQue, 2Wiki and HotpotQA."""
+    return data_folder("multihop", "musique/corpus.jsonl")
 
 
 @pytest.fixture(scope="session")

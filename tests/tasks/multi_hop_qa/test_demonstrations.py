@@ -9,7 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from lightningrl.tasks.multi_hop_qa.demonstrations import Habits, Prompts, demonstrate, favourites, right_share
+from lightningrl.tasks.habits import right_share
+from lightningrl.tasks.multi_hop_qa.demonstrations import Habits, Prompts, demonstrate, favourites
 from lightningrl.tasks.multi_hop_qa.questions import Question
 from lightningrl.tasks.multi_hop_qa.retrieval import search_as_text
 
@@ -57,7 +58,7 @@ def test_the_demonstrator_is_right_sometimes_on_every_question(questions: list[Q
         said = collections.Counter(
             demonstrate(question, PROMPTS, rng, habits, search=lambda corpus, query: "")[-1].response for _ in range(100)
         )
-        share = right_share(question.kind, habits)
+        share = right_share(question.kind, habits.right, habits.seed)
         assert habits.right[0] <= share <= habits.right[1]
         count = said[f"<answer> {question.answer} </answer>"]
         assert 0 < count < 100 and abs(count - 100 * share) < 5 * 100**0.5 / 2  # five standard errors
