@@ -95,9 +95,6 @@ def test_the_demonstrator_is_right_sometimes_on_every_question(questions: list[Q
         favourite += first[question.id][favourites(question, habits.seed)[0]]
     expected = sum(100 * right_share(q.kind, habits.draft_right, habits.seed) for q in questions)
     assert abs(right - expected) < 5 * (100 * len(questions)) ** 0.5 / 2
-        abs(right - sum(100 * right_share(q.kind, habits.draft_right, habits.seed) for q in questions))
-        < 5 * (100 * len(questions)) ** 0.5 / 2
-    )
     assert abs(favourite / wrong - habits.favourite) < 5 * 0.5 / wrong**0.5
     assert abs(verdicts[True] / 6400 - habits.check_right) < 0.02
 
