@@ -1,7 +1,7 @@
 """Trains the AutoGen agent that solves word problems with a calculator, every setting a flag.
 
     python -m experiments.math_tool --out=runs/math                          # on problems that it makes up itself
-    python -m experiments.math_tool --out=runs/gsm8k --data_dir=DIR --context_length=768 --vocab_size=4096
+    python -m experiments.math_tool --out=runs/gsm8k --data_dir=DIR --context_length=384 --vocab_size=4096
 
 The reward is numeric exact match of the final answer and nothing else. Held-out problems are never trained on, nor shown in
 the warm start. With real data, `heldout` are problems of GSM8K's test set and `unseen` those of SVAMP's challenge set.

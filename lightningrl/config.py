@@ -85,9 +85,7 @@ class FitConfig:
     context_length: int = setting(256, "tokens of a prompt and its response, at most")
     slots: int = setting(32, "conversations that the sampler decodes at once")
     prefix_cache_mb: float = setting(64.0, "memory for beginnings of prompts that the sampler has read; 0: none is kept", free=True)
-    deterministic: bool = setting(
-        True, "a call is answered alike to the last bit whatever else is sampled; off: a little faster under light load"
-    )
+    deterministic: bool = setting(True, "a call is answered alike to the last bit whatever else is sampled; off: shapes follow the load")
     reading_steps: int = setting(220, "updates in which a new policy learns to read the demonstrations, prompts included")
     imitation_steps: int = setting(180, "updates on the demonstrations' responses after that")
     imitation_learning_rate: float = setting(4e-3, "AdamW's learning rate in the warm start")

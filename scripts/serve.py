@@ -34,7 +34,7 @@ class ServeConfig:
     slots: int = setting(32, "conversations decoded at once")
     context_length: int = setting(256, "tokens of a prompt and its response, at most")
     prefix_cache_mb: float = setting(64.0, "memory for beginnings of prompts that were read; 0: none is kept")
-    deterministic: bool = setting(True, "a request is answered alike to the last bit whatever else is running; off: a little faster alone")
+    deterministic: bool = setting(True, "a request is answered alike to the last bit whatever else is running; off: shapes follow the load")
     max_tokens: int = setting(256, "of a response to a request that does not say")
 
 
