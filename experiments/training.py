@@ -147,7 +147,7 @@ def run_controls(
 ) -> dict[str, Any]:
     """The same compute spent on more supervised steps, and the same training with shuffled rewards."""
     before = main.metrics[0]["heldout_reward"]
-    steps = config.imitation_steps + equal_compute_steps(main)
+    steps = config.imitation_steps + equal_compute_steps(main.metrics)
     more = dataclasses.replace(config, out=f"{config.out}/controls/more_supervised", iterations=0, imitation_steps=steps)
     supervised = run(more, experiment, data, demonstrations).metrics[-1]["heldout_reward"]
     shuffled = dataclasses.replace(config, out=f"{config.out}/controls/shuffled_rewards")
@@ -158,10 +158,10 @@ def run_controls(
     }
 
 
-def equal_compute_steps(fitted: Fitted) -> int:
+def equal_compute_steps(metrics: Sequence[Mapping[str, Any]]) -> int:
     """Supervised updates that compute as much as all of RL did: a trained token is a forward and a backward pass (3 forward
     passes), a scored, read or sampled one a forward pass."""
-    rows = [row for row in fitted.metrics if row["iteration"] > 0]
+    rows = [row for row in metrics if row["iteration"] > 0]
     passes = sum(4 * row["trained_tokens"] + row["prompt_tokens"] + row["response_tokens"] for row in rows)
     return round(passes / (3 * 4096))
 

@@ -340,6 +340,15 @@ _ADVANTAGES = (
     ),
     _like(_LIGHTNINGRL, "opo", "2505.23585", "lengths differ much: the baseline of least variance", advantage=advantages.opo),
     _like(_LIGHTNINGRL, "gdpo", "2601.05242", "rollouts have several named outcomes: each has its say", advantage=advantages.gdpo),
+    _like(
+        _LIGHTNINGRL,
+        "rft",
+        "2308.01825, 2304.06767",
+        "to compare with: rollouts that succeeded are imitated, the others are not learned from",
+        advantage=advantages.accepted,
+        loss=functools.partial(losses.negative_log_likelihood, weighted=True),
+        aggregation=losses.token_mean,
+    ),
     _like(_LIGHTNINGRL, "maxrl", "2602.02710", "rewards are 0 or 1 and successes are rare", advantage=advantages.maxrl),
     _like(_LIGHTNINGRL, "pass_at_k", "2503.19595", "one success among many tries is enough", advantage=advantages.pass_at_k),
     _like(

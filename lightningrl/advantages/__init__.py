@@ -3,7 +3,7 @@
 Statistics count rollouts unless told otherwise. A credit that is already an advantage may only be scaled.
 """
 
-from lightningrl.advantages.baselines import gpg, maxrl, opo, rae_update, remax, role_baseline
+from lightningrl.advantages.baselines import accepted, gpg, maxrl, opo, rae_update, remax, role_baseline
 from lightningrl.advantages.batch import unchanged, whiten
 from lightningrl.advantages.bilevel import bi_level_gae, bi_level_value_target
 from lightningrl.advantages.group import group_norm, leave_one_out
@@ -28,6 +28,7 @@ __all__ = [
     "Count",
     "PRESETS",
     "PRESET_ORIGINS",
+    "accepted",
     "bi_level_gae",
     "bi_level_value_target",
     "broadcast",

@@ -196,6 +196,31 @@ def maxrl(table: TransitionTable, credit: Credit, evidence: Evidence, *, count: 
     return jnp.where(mean > 0.0, safe_divide(centred, jnp.where(mean > 0.0, mean, 0.0) + eps), 0.0)
 
 
+def accepted(table: TransitionTable, credit: Credit, evidence: Evidence, *, threshold: float = 0.5) -> jax.Array:
+    """1 for what earned enough to be imitated, else 0: rejection sampling (RFT, arXiv 2308.01825, §3.3; RAFT, 2304.06767).
+
+      A = 1{c ≥ threshold}
+
+    With the weighted likelihood as loss this is supervised training on the rollouts that succeeded: nothing is learned from
+    the others, and nothing is compared within a group.
+
+    Args:
+      table: N transitions.
+      credit: of kind "return".
+      evidence: not read.
+      threshold: in units of the credit.
+
+    Returns:
+      f32[N]; 0 at padding. Groups of one and constant groups are accepted or not like any other.
+
+    Raises:
+      ValueError: the credit is already an advantage.
+    """
+    require_return(credit, "accepted")
+    chex.assert_equal_shape([credit.value, table.rollout])
+    return jnp.where(table.valid, credit.value >= threshold, False).astype(jnp.float32)
+
+
 def _less(table: TransitionTable, credit: Credit, baseline: Array | None, name: str, need: str) -> jax.Array:
     require_return(credit, name)
     if baseline is None:

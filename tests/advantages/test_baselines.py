@@ -26,6 +26,7 @@ METHODS = {
     "gpg, verl": functools.partial(baselines.gpg, informative="nonzero", scale="std"),
     "maxrl": baselines.maxrl,
     "maxrl, eps": functools.partial(baselines.maxrl, eps=0.5),
+    "accepted": functools.partial(baselines.accepted, threshold=1.0),
 }
 JITTED = {name: jax.jit(lambda t, e, f=f: f(t, credit.intermediate(t, e), e)) for name, f in METHODS.items()}
 RAE = jax.jit(baselines.rae_update, static_argnames=("steps",))
@@ -52,6 +53,8 @@ def loop(rollouts, evidence, name):
     if name in ("remax", "role_baseline"):
         b = evidence.greedy_reward if name == "remax" else evidence.role_baseline
         return [x - float(b[n]) for n, (_, _, x, _, _) in enumerate(entries)]
+    if name == "accepted":
+        return [float(x >= 1.0) for _, _, x, _, _ in entries]
     of_group = {g: [e for e in entries if e[1] == g] for _, g, *_ in entries}
     flat = {g: len({e[0] for e in es}) == 1 or len({e[2] for e in es}) == 1 for g, es in of_group.items()}
     result = []
@@ -133,6 +136,7 @@ def test_by_hand():
     assert JITTED["gpg"](table, Evidence()).tolist() == [1, -1, 0, 0]  # α = 4 / 2
     np.testing.assert_allclose(JITTED["gpg, verl"](table, Evidence()), np.array([1, -1, 0, 0]) * (4 / 3) / np.sqrt(2), rtol=1e-5)
     assert JITTED["maxrl"](table, Evidence()).tolist() == [1, -1, 0, 0]
+    assert JITTED["accepted"](table, Evidence()).tolist() == [1, 0, 1, 1]
     negative = make_table(make_rollout("a", -1), make_rollout("a", -3))
     assert JITTED["maxrl"](negative, Evidence()).tolist() == [0, 0]
 

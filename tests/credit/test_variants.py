@@ -93,6 +93,7 @@ FUNCTIONS: dict[str, Function] = {
     **{
         f"advantages.{name}": advantage(getattr(advantages, name))
         for name in (
+            "accepted",
             "gdpo",
             "gpg",
             "group_norm",
