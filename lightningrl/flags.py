@@ -16,7 +16,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
@@ -52,18 +52,24 @@ _PARSERS: dict[Any, Callable[[], flags.ArgumentParser]] = {
 }
 
 
-def define_flags(config: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(config: type, flag_values: flags.FlagValues = flags.FLAGS, *, defaults: Mapping[str, Any] | None = None) -> None:
     """Defines one flag per field of the dataclass `config`, with the field's default and its `metadata["help"]`.
+
+    Args:
+        defaults: other ones, by field.
 
     Fields are str, int, float, bool (`--x` and `--nox`), tuple[str, ...] (comma-separated), `Literal` strings (one of
     them), or any of these or None (`--x=none`).
 
     Raises:
-        TypeError: a field of another type, or one without a default.
+        TypeError: a field of another type, one without a default, or a default of no field.
     """
     hints = typing.get_type_hints(config)
+    defaults = defaults or {}
+    if unknown := sorted(defaults.keys() - {field.name for field in dataclasses.fields(config)}):
+        raise TypeError(f"{config.__name__} has no field {unknown[0]}")
     for field in dataclasses.fields(config):
-        default = field.default
+        default = defaults.get(field.name, field.default)
         if default is dataclasses.MISSING:
             raise TypeError(f"{config.__name__}.{field.name} needs a plain default to be a flag")
         parser = _parser(f"{config.__name__}.{field.name}", hints[field.name])

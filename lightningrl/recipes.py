@@ -33,7 +33,7 @@ _PAPER = Recipe(
     use_when="you reproduce the paper: all calls of a task form one group, every token weighs the same",
     credit=credit.identical,
     advantage=functools.partial(advantages.group_norm, count="transitions"),
-    loss=_clip,
+    loss=functools.partial(losses.ppo_clip, clip_low=0.2, clip_high=0.3, dual_clip=3.0),
     aggregation=losses.token_mean,
 )
 

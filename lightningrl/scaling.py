@@ -36,6 +36,7 @@ V5P = Chip("TPU v5p", 459e12, 95e9, 2.765e12, 200e9, 200e9, 64)
 LLAMA_1B = ModelConfig(128_256, 2048, 16, 32, 8, 64, 8192, 8192)
 LLAMA_3B = ModelConfig(128_256, 3072, 28, 24, 8, 128, 8192, 8192)
 LLAMA_8B = ModelConfig(128_256, 4096, 32, 32, 8, 128, 14_336, 8192, tie_embeddings=False)
+QWEN_1_5B = ModelConfig(151_936, 1536, 28, 12, 2, 128, 8960, 32_768, qkv_bias=True)  # Qwen2.5's shape
 MODELS = {"1B": LLAMA_1B, "3B": LLAMA_3B, "8B": LLAMA_8B}  # of Llama 3.2's and 3.1's shapes
 
 

@@ -11,9 +11,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from lightningrl.model.config import ModelConfig
 from lightningrl.scaling import (
     H200,
     MODELS,
+    QWEN_1_5B,
     V5P,
     Chip,
     Workload,
@@ -46,21 +48,33 @@ COLUMNS = (
 )
 
 
+# experiments/configs/paper_*.py, at the most that their limits allow: every rollout one conversation of the whole context, that ends in the
+# longest answer
+PAPER = {
+    "text-to-SQL, word problems": Workload(tokens=128 * 6144, edges=128 * 2048, row=6144, slots=128, context=6144),
+    "question answering": Workload(tokens=64 * 10_240, edges=64 * 2048, row=10_240, slots=64, context=10_240),
+}
+PAPER_MODELS = {"Llama 3.2 3B": MODELS["3B"], "Qwen2.5 1.5B": QWEN_1_5B}
+PAPER_DEVICES = (1, 2, 4, 8)
+
+
 def tables() -> str:
     parts = []
     for chip in (H200, V5P):
-        for name in MODELS:
-            parts += [f"### {name} on {chip.name}", table(name, chip)]
+        for name, model in MODELS.items():
+            parts += [f"### {name} on {chip.name}", table(model, Workload(), chip, DEVICES)]
+    for name, work in PAPER.items():
+        for of, model in PAPER_MODELS.items():
+            parts += [f"### The paper's {name}: {of} on {H200.name}", table(model, work, H200, PAPER_DEVICES)]
     return "\n\n".join(parts)
 
 
-def table(name: str, chip: Chip) -> str:
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(name, chip, devices) for devices in DEVICES)]
+def table(model: ModelConfig, work: Workload, chip: Chip, devices: Sequence[int]) -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(model, work, chip, number) for number in devices)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def row(name: str, chip: Chip, devices: int) -> Sequence[str]:
-    model, work = MODELS[name], Workload()
+def row(model: ModelConfig, work: Workload, chip: Chip, devices: int) -> Sequence[str]:
     mesh = best_mesh(devices, model, work, chip)
     if mesh is None:
         return [str(devices), "does not fit", *[""] * (len(COLUMNS) - 2)]

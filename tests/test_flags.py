@@ -38,6 +38,15 @@ def test_no_flags_give_the_defaults() -> None:
     assert parse() == Config()
 
 
+def test_an_experiment_has_other_defaults_for_the_same_flags() -> None:
+    values = absl_flags.FlagValues()
+    flags.define_flags(Config, values, defaults={"lr": 1e-6, "train_roles": ("writer",), "seed": None})
+    values(["program", "--lr=2e-6"])
+    assert flags.config_from_flags(Config, values) == Config(lr=2e-6, train_roles=("writer",), seed=None)
+    with pytest.raises(TypeError, match="Config has no field rate"):
+        flags.define_flags(Config, absl_flags.FlagValues(), defaults={"rate": 1.0})
+
+
 def test_every_type_of_field_is_set_by_its_flag() -> None:
     config = parse(
         "--name=a b",
