@@ -50,7 +50,7 @@ class FitConfig:
     ema_decay: float = setting(0.99, "how much of that mean every update leaves in it")
     temperature: float = setting(1.0, "of sampling in training, whatever the agent asks for")
     max_tokens: int = setting(64, "of a response, at most, in training and evaluation")
-    intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call, new_support")
+    intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call, new_support, better_draft")
     max_staleness: int = setting(0, "iterations that sampling runs ahead of training, with a correction for its older policy")
     eval_every: int = setting(15, "iterations between evaluations on the held-out tasks")
     concurrency: int = setting(64, "agents at once", free=True)

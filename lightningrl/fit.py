@@ -109,7 +109,7 @@ def _fit(
         recipe = corrected_recipe(config)
         lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
         mesh = make_mesh(config.data_parallel, config.fsdp, config.tensor_parallel)
-    check_config(config, recipe)
+    check_config(config, recipe, reward)
     if config.runner == "processes":
         as_sent(agent)
     roles = config.train_roles if config.lora_per_role else ()
@@ -199,7 +199,7 @@ def _fit(
     return Fitted(trained, tuple(read_metrics(out)), out, step.compiled, by_role)
 
 
-def check_config(config: FitConfig, recipe: Recipe) -> None:
+def check_config(config: FitConfig, recipe: Recipe, reward: Reward | None) -> None:
     """Refuses settings that don't fit together, before anything is written."""
     check_sources(recipe, config)
     if config.lora_per_role:
@@ -214,7 +214,7 @@ def check_config(config: FitConfig, recipe: Recipe) -> None:
         )
     if config.max_staleness and jax.process_count() > 1:
         raise UserError("sampling runs ahead of training in one process only: leave --max_staleness at 0, or start one")
-    intermediate_rewards(config.intermediate)
+    intermediate_rewards(config.intermediate, reward)
     reload_requests(config.engine_reload)
     if config.context_length % SamplerSettings.chunk or config.context_length < 1:
         raise UserError(f"context_length={config.context_length} must be a multiple of {SamplerSettings.chunk}")

@@ -75,7 +75,7 @@ def serving(
         gateway.start()
         try:
             limits = RunnerSettings(config.concurrency, config.time_limit, config.max_attempts)
-            intermediate = intermediate_rewards(config.intermediate)
+            intermediate = intermediate_rewards(config.intermediate, reward)
             runner = Runner(gateway, agent, reward, limits, intermediate=intermediate, store=store, call_agent=call_agent)
             yield runner if jax.process_count() == 1 else SharedRunner(runner)
         finally:

@@ -7,13 +7,17 @@ outcome: what is measured stays what it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightningrl.errors import UserError
-from lightningrl.types import Rollout, Transition
+from lightningrl.runtime.outcome import Reward, outcome_of
+from lightningrl.types import Rollout, Task, Transition
+
+Intermediate = Callable[[Rollout], tuple[float, ...]]
 
 ERROR_LINE = re.compile(r"^result:\s*error", re.IGNORECASE | re.MULTILINE)
 
@@ -67,16 +71,38 @@ def new_support(rollout: Rollout, bonus: float = 0.1) -> tuple[float, ...]:
     return tuple(rewards)
 
 
-def intermediate_rewards(names: Sequence[str]) -> tuple[Callable[[Rollout], tuple[float, ...]], ...]:
-    """The intermediate rewards of these names. Raises UserError for one that there is not."""
-    known = {"tool_error": tool_error, "repeated_call": repeated_call, "new_support": new_support}
+def better_draft(rollout: Rollout, score: Callable[[Task, str], float], bonus: float = 0.1) -> tuple[float, ...]:
+    """`bonus` for every call whose text scores more than all drafts before it in its conversation.
+
+    Drafts are the calls that continue each other: of the text-to-SQL agent the writer's query and the rewriter's. The first is paid
+    nothing, however good, and one that is as good as an earlier one neither. `score` is the task's own reward, as if the draft were the
+    answer; for queries, execution match.
+    """
+    index = {transition.turn: i for i, transition in enumerate(rollout.transitions)}
+    best: list[float] = []  # of the conversation up to each call
+    rewards = []
+    for transition in rollout.transitions:
+        before = -math.inf if transition.continues is None else best[index[transition.continues]]
+        scored = score(rollout.task, transition.text)
+        best.append(max(before, scored))
+        rewards.append(bonus if -math.inf < before < scored else 0.0)
+    return tuple(rewards)
+
+
+def intermediate_rewards(names: Sequence[str], reward: Reward | None = None) -> tuple[Intermediate, ...]:
+    """The intermediate rewards of these names. Raises UserError for one that there is not, or that needs a reward function."""
+    known: dict[str, Intermediate] = {"tool_error": tool_error, "repeated_call": repeated_call, "new_support": new_support}
+    if reward is not None:
+        known["better_draft"] = functools.partial(better_draft, score=lambda task, text: outcome_of(task, text, reward, None)["reward"])
     for name in names:
+        if name == "better_draft" and reward is None:
+            raise UserError("the intermediate reward better_draft scores drafts by the reward function, and there is none: give one")
         if name not in known:
-            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
+            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted({*known, 'better_draft'}))}")
     return tuple(known[name] for name in names)
 
 
-def with_rewards(rollout: Rollout, functions: Sequence[Callable[[Rollout], tuple[float, ...]]]) -> Rollout:
+def with_rewards(rollout: Rollout, functions: Sequence[Intermediate]) -> Rollout:
     """The rollout with what the functions give added to its transitions' rewards.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightningrl.runtime.event_loop import Interrupt, OutOfTime, in_thread, run_on_agent_loop, within
 from lightningrl.runtime.failures import describe, is_infrastructure_failure
-from lightningrl.runtime.intermediate import with_rewards
+from lightningrl.runtime.intermediate import Intermediate, with_rewards
 from lightningrl.runtime.local import Agent, CallAgent, in_this_process
 from lightningrl.runtime.outcome import Reward, RewardError, as_json, outcome_of
 from lightningrl.runtime.store import LogEntry, Store
@@ -23,7 +23,6 @@ from lightningrl.types import Replay, Rollout, RolloutRequest, Status, Task
 if TYPE_CHECKING:
     from lightningrl.gateway import CallRecord, SamplingOverrides
 
-Intermediate = Callable[[Rollout], tuple[float, ...]]
 OnRollout = Callable[[Rollout], None]
 
 
@@ -209,6 +208,8 @@ class Runner:
         if divergence:
             status, error, outcome, again = "diverged", divergence, {}, False
         rollout = self._record(request, attempt, record, answer, outcome, status, error, time.monotonic() - started)
+        if status == "ok" and self.intermediate:
+            rollout = await in_thread(self._with_rewards, rollout)  # it may run what a model has written
         return rollout, record.log, again
 
     def _record(
@@ -222,7 +223,7 @@ class Runner:
         error: str,
         seconds: float,
     ) -> Rollout:
-        rollout = Rollout(
+        return Rollout(
             id=request.id,
             task=request.task,
             group=request.group,
@@ -241,8 +242,8 @@ class Runner:
             error=error,
             answer=as_json(answer),
         )
-        if status != "ok":
-            return rollout
+
+    def _with_rewards(self, rollout: Rollout) -> Rollout:
         try:
             return with_rewards(rollout, self.intermediate)
         except Exception as problem:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightningrl.runtime import new_support, repeated_call, tool_error
-from lightningrl.runtime.intermediate import with_rewards
+from lightningrl.errors import UserError
+from lightningrl.runtime import better_draft, new_support, repeated_call, tool_error
+from lightningrl.runtime.intermediate import intermediate_rewards, with_rewards
 from lightningrl.types import Rollout, Task, Transition
 
 
@@ -159,3 +160,47 @@ def test_what_is_no_supporting_passage(message: tuple[str, Any]) -> None:
 def test_without_known_support_nothing_is_paid(support: Any) -> None:
     later = call("b", ASK, ("assistant", None), ("tool", "Mill: old"), continues=0)
     assert new_support(searched(call("a", ASK), later, support=support)) == (0.0, 0.0)
+
+
+SCORES = {"wrong": 0.0, "half": 0.5, "right": 1.0, "CORRECT": 0.0}
+
+
+def drafts(*texts: str) -> Rollout:
+    """Each continues the one before, but a check, which is a conversation of its own."""
+    calls: list[Transition] = []
+    last: int | None = None
+    for i, text in enumerate(texts):
+        check = text == "CORRECT"
+        calls.append(call(text, ASK, role="checker" if check else "writer", continues=None if check else last))
+        last = last if check else i
+    return run(*calls)
+
+
+@pytest.mark.parametrize(
+    ("texts", "paid"),
+    [
+        (("wrong", "CORRECT", "right"), (0.0, 0.0, 0.1)),
+        (("right", "wrong", "right"), (0.0, 0.0, 0.0)),  # no better than the first
+        (("wrong", "half", "half", "right"), (0.0, 0.1, 0.0, 0.1)),
+        (("right",), (0.0,)),
+        (("half", "wrong"), (0.0, 0.0)),
+        ((), ()),
+    ],
+)
+def test_a_draft_that_is_better_than_all_before_it_is_paid(texts: tuple[str, ...], paid: tuple[float, ...]) -> None:
+    assert better_draft(drafts(*texts), lambda task, text: SCORES[text]) == paid
+
+
+def test_drafts_are_scored_by_the_reward_function() -> None:
+    seen: list[Any] = []
+
+    def reward(task: Any, target: Any, answer: Any) -> dict[str, float]:
+        seen.append((task, target, answer))
+        return {"reward": SCORES[answer], "length": 9.0}
+
+    (function,) = intermediate_rewards(["better_draft"], reward)
+    assert function(drafts("wrong", "right")) == (0.0, 0.1) and seen == [({}, None, "wrong"), ({}, None, "right")]
+    with pytest.raises(UserError, match="scores drafts by the reward function, and there is none"):
+        intermediate_rewards(["better_draft"])
+    with pytest.raises(UserError, match="choose from better_draft, new_support, repeated_call, tool_error"):
+        intermediate_rewards(["better"])
