@@ -6,7 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 selection=()
 for argument in "$@"; do
     case "$argument" in
-        --fast) selection=(-m "not slow") ;;
+        --fast)
+            selection=(-m "not slow")
+            # Most of these tests' time is XLA's; what its optimisations do to a program is tested by the slow ones.
+            export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+            ;;
         --help | -h)
             echo "usage: scripts/test.sh [--fast] [--help]    style, types and all tests; --fast leaves out the slow ones"
             exit 0

@@ -86,6 +86,7 @@ def test_an_async_agent_without_any_framework_is_trained(config: CommandConfig) 
         fit(agent, TASKS[:3], None, config)
 
 
+@pytest.mark.slow
 def test_an_agent_that_makes_no_call_leaves_nothing_to_learn(config: CommandConfig) -> None:
     with pytest.raises(UserError, match="nothing to learn from: no call of a trained role was made"):
         fit(silent_agent, TASKS[:4], None, config)
@@ -112,7 +113,10 @@ def test_a_port_in_use(config: CommandConfig, busy_port: int) -> None:
         ({"recipe": "judged", "judge": "nowhere:judge"}, "nowhere"),
         ({"recipe": "shaped"}, "recipe shaped needs a potential: give --potential=package.module:function"),
         ({"data_parallel": 64}, "needs 64 devices"),
-        ({"intermediate": ("applause",)}, "no intermediate reward 'applause': choose from new_support, repeated_call, tool_error"),
+        (
+            {"intermediate": ("applause",)},
+            "no intermediate reward 'applause': choose from better_draft, new_support, repeated_call, tool_error",
+        ),
         ({"policy": "nowhere"}, "no policy at nowhere: give a folder that a run has left"),
         ({"vocab_size": 200}, "vocab_size is 200, but 256 bytes and 7 markers need at least 263"),
         ({"hidden_size": 15}, "hidden_size=15 must be a multiple of num_heads=2"),
@@ -194,6 +198,7 @@ def test_what_is_wrong_with_the_commands_flags(main: Main, tmp_path: pathlib.Pat
         assert sentence in str(refused.value), flags
 
 
+@pytest.mark.slow
 def test_every_tenth_task_is_held_out(main: Main, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"say": f"word {i}"}) for i in range(11)]
     main(agent=f"{__name__}:agent", tasks=tasks_file(tmp_path, *lines), iterations=0)

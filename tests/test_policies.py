@@ -96,6 +96,7 @@ def test_the_optimizer_keeps_numbers_of_the_adapter_alone() -> None:
         trained.init(params())
 
 
+@pytest.mark.slow
 def test_an_update_consumes_the_adapter_and_not_the_base() -> None:
     start = start_policies(step(), params())[EVERY_ROLE]
     after = updated({EVERY_ROLE: start})[0][EVERY_ROLE]
@@ -159,6 +160,7 @@ def test_a_checkpoint_has_no_base_and_gives_the_policies_back(roles: tuple[str, 
 # ---- files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", [(), ROLES])
 def test_adapters_are_saved_apart_and_merge_into_their_base_alone(tmp_path: pathlib.Path, roles: tuple[str, ...]) -> None:
     start = tiny_policy()

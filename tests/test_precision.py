@@ -41,6 +41,7 @@ def updated(dtype: Any) -> tuple[Any, Any, Any]:
     return *step(dtype).update(state, batch().rows, edges_of(batch(), advantages())), scores
 
 
+@pytest.mark.slow
 def test_what_is_trained_and_what_trains_it_stay_float32() -> None:
     state, metrics, scores = updated(jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(step(jnp.bfloat16).weights(state))} == {jnp.dtype(jnp.bfloat16)}
@@ -136,6 +137,7 @@ def gradient(cuts: int, dtype: Any) -> Any:
     return {"embedding": moved["embedding"], "down": moved["layers"][0]["down"]}, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-6), (np.float64, 1e-12)])
 def test_micro_batches_add_up_to_one_gradient(monkeypatch: pytest.MonkeyPatch, dtype: Any, rounding: float) -> None:
     monkeypatch.setattr("lightningrl.train.score_edges", mean_so_far)

@@ -152,6 +152,7 @@ def test_a_recipe_gets_a_rollout_correction_once_and_of_its_losss_scope() -> Non
     assert with_correction(decoupled) is decoupled
 
 
+@pytest.mark.slow
 def test_a_correction_hands_on_what_a_recipe_selects() -> None:
     table = batch()
     tokens = make_tokens(table)

@@ -71,6 +71,7 @@ def test_the_mean_after_every_update(lora: LoraSettings | None, roles: tuple[str
         assert max(jax.tree.leaves(far)) > 1e-3  # it lags behind
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_decoder")
 def test_a_decay_of_0_is_the_policy_itself() -> None:
     *_, policies = trained(start_policies(step(LORA, 0.0), params()), step(LORA, 0.0), 1)
@@ -78,6 +79,7 @@ def test_a_decay_of_0_is_the_policy_itself() -> None:
     jax.tree.map(np.testing.assert_array_equal, state.reference, state.adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_decoder")
 def test_the_kl_term_reads_the_mean_of_the_policy_whose_call_it_is() -> None:
     *_, policies = trained(start_policies(step(LORA), params(), ROLES), step(LORA), 1)

@@ -80,6 +80,7 @@ def test_rule_1_statistics_count_rollouts():
     np.testing.assert_allclose(advantage_of("lightningrl", table)[:10], np.array([1.0] + [-1.0] * 9) / np.sqrt(2), rtol=1e-5)
 
 
+@pytest.mark.slow
 @EVERY_AGGREGATION
 def test_rule_1_packing_changes_no_loss_and_no_gradient(aggregation):
     """Edges in another order and among more padding: the same sums, and the same gradient edge for edge."""
@@ -256,6 +257,7 @@ ALIKE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALIKE)
 def test_rule_5_constant_groups_and_groups_of_one_get_exactly_zero(name):
     """Seven rewards of 0.1 leave 0.1 - mean = -7e-9 in float32; a group of one has nothing to be compared with."""
@@ -305,6 +307,7 @@ def test_rule_6_credit_skips_invalid_entries():
 REDISTRIBUTE = {"predicted_return", "attention", "coalition", "potential"}  # credit by these is no sum of rewards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_rule_7_rewards_stay_float32(name):
     """0.1 in bfloat16 is 0.10009765625: no stage rounds it, and none widens it."""

@@ -78,6 +78,7 @@ def test_variances_are_those_of_a_loop(data, ddof):
     close(segments.masked_var(poisoned, mask, ddof=ddof), x.var(ddof=int(ddof)) if len(x) > ddof else 0.0)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(entries())
 def test_masked_reductions_are_those_of_a_loop(data):
@@ -177,6 +178,7 @@ def test_scan_maps_over_rows():
     assert jax.vmap(segments.reverse_affine_scan)(ones, rewards, ids, mask).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reduce",
     [

@@ -184,6 +184,7 @@ def test_a_store_that_nothing_was_written_to(tmp_path, capsys):
     assert "has no rollouts yet" in refused(capsys, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(run):
     done = subprocess.run(
         [sys.executable, "-m", "lightningrl.show", str(run), "--recipe=salt"], capture_output=True, text=True, check=False

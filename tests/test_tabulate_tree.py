@@ -65,6 +65,7 @@ def test_anchors_look_back_across_a_branch():
     assert table.next_anchor.tolist() == [last[1], last[2], -1, last[4], -1, -1, -1]
 
 
+@pytest.mark.slow
 def test_tree_methods_on_it_by_hand():
     """V = mean of outcomes through the entry: 5/3 for the shared call, 2 for b's and c's; V(root) = 2."""
     table = table_from_branched_rollouts(family(), size=8, pairs=12)

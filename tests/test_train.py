@@ -110,6 +110,7 @@ def test_a_loss_of_batch_scope_selects_from_the_whole_batch(name: str, fraction:
     assert 0.05 < float(metrics[fraction]) < 0.95
 
 
+@pytest.mark.slow
 def test_the_state_is_consumed_and_what_it_was_made_from_is_not() -> None:
     step, params = step_of(LIGHTNINGRL), tiny_policy().params
     packed, table = packed_in(LARGE)
@@ -171,6 +172,7 @@ def test_scores_are_the_old_logprobs_of_the_update() -> None:
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_one_distribution() -> None:
     """Against the logits themselves, in float64."""
     policy = tiny_policy()

@@ -154,6 +154,7 @@ def _advantages() -> list[Pair]:
         _advantage("remax", advantages.remax, "greedy_reward"),
         _advantage("role_baseline", advantages.role_baseline, "role_baseline"),
         _advantage("opo", advantages.opo),
+        _advantage("accepted", advantages.accepted),
         _advantage("gpg", advantages.gpg),
         _advantage("maxrl", advantages.maxrl),
         _advantage("gdpo", advantages.gdpo),

@@ -78,6 +78,7 @@ def loop(rollouts, evidence, name):
     return result
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -92,6 +93,7 @@ def test_is_that_of_a_loop(name, rollouts):
     assert (np.asarray(actual)[len(expected) :] == 0).all()
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=8, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())
@@ -105,6 +107,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
         np.testing.assert_allclose(one[rollout], other[rollout], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @NAMES
 def test_nan_in_padding_reaches_nothing(name):
     rollouts = [make_rollout("a", 1.0, [0.5, 0.0]), make_rollout("a", 0.0), make_rollout("b", 1.0), make_rollout("b", 1.0)]

@@ -44,6 +44,7 @@ def loop(table, tokens, evidence, turn_value):
     return np.array([result.get(e, 0.0) for e in range(len(tokens.mask))])
 
 
+@pytest.mark.slow
 @TURN_VALUES
 @settings(max_examples=12, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -86,6 +87,7 @@ def test_packing_does_not_matter():
     np.testing.assert_array_equal(bi_level_gae(table, cut(tokens), NOTHING, cut(evidence), whitened=True), plain.reshape(3, 4))
 
 
+@pytest.mark.slow
 def test_a_turn_of_reward_0_is_a_turn():
     """By hand, rates 1: the last token of a turn gets the turn's advantage, the others the differences of value."""
     table = make_table(make_rollout("a", 8.0, [0.0, 0.0], lengths=[2, 2]))
@@ -98,6 +100,7 @@ def test_a_turn_of_reward_0_is_a_turn():
     assert first.tolist() == [1, 4 - 2, 1, 8 - 5]
 
 
+@pytest.mark.slow
 @TURN_VALUES
 def test_with_every_rate_1_it_is_token_gae(turn_value):
     """Then both are the rewards to come less the value."""

@@ -64,6 +64,7 @@ def loop(rollouts, name):
     return np.array(result, np.float64)
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=30, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -75,6 +76,7 @@ def test_is_that_of_a_loop(name, rollouts):
     assert (np.asarray(actual)[len(expected) :] == 0).all()
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=20, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())

@@ -90,6 +90,7 @@ def test_is_that_of_a_loop(name, rollouts):
         assert (np.asarray(actual)[len(expected) :] == 0).all()
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=8, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())
@@ -132,6 +133,7 @@ def test_constant_groups_are_exactly_zero_unless_the_formula_is_asked_for(name):
         assert JITTED[name](all_same).tolist() == [0.0] * SIZE
 
 
+@pytest.mark.slow
 def test_every_reward_has_its_say():
     """Sums of 1, 1, 0 and 0: GRPO sees two kinds of rollouts; a reward that half get and one that one in four gets are told apart."""
     outcomes = [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1.0, 0.0)]

@@ -32,6 +32,7 @@ def loop(rollouts, scale):
     return result
 
 
+@pytest.mark.slow
 @SCALES
 @settings(max_examples=20, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -67,6 +68,7 @@ def test_ties_are_zero_whatever_the_length(scale):
     assert PASS(table, scale).tolist() == [0.0] * 12
 
 
+@pytest.mark.slow
 @SCALES
 def test_nan_in_padding_reaches_nothing(scale):
     table = make_table(make_rollout("a", 1.0, [0.0, 0.0]), make_rollout("a", 0.0), make_rollout("b", 2.0), make_rollout("b", 0.0), size=9)

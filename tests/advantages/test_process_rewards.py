@@ -60,6 +60,7 @@ def istar_loop(sequences, reward, count):
     return result
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=12, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -87,6 +88,7 @@ def ragged():
     )
 
 
+@pytest.mark.slow
 @NAMES
 def test_nan_without_a_loss_reaches_nothing(name):
     table = ragged()
@@ -115,6 +117,7 @@ def test_packing_does_not_matter(name):
     np.testing.assert_allclose(SPREADS[name](table, cut(tokens), ADVANTAGE, cut(evidence)), plain.reshape(3, 6), rtol=1e-6)
 
 
+@pytest.mark.slow
 @NAMES
 def test_without_a_comparison_only_the_outcome_speaks(name):
     """A group of one, and a group in which every token and step earned the same: the advantage, to the bit."""
@@ -148,6 +151,7 @@ def test_prime_whitens_last():
     assert prime(table, tokens, ADVANTAGE, evidence, whitened=True).tolist() == whiten_tokens(plain, tokens.mask).tolist()
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_unknown_is_said():
     table = ragged()
     tokens = make_tokens(table)

@@ -76,6 +76,7 @@ def test_vmap_over_batches_with_gaps_and_without(one, other):
         check(jax.tree.map(lambda x, i=i: x[i], both), tokens)
 
 
+@pytest.mark.slow
 def test_nothing_is_sorted_unless_there_are_gaps(monkeypatch):
     """Without jit only the branch that is taken runs."""
 
@@ -90,6 +91,7 @@ def test_nothing_is_sorted_unless_there_are_gaps(monkeypatch):
                 in_order(TABLE, tokens_of(edges))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(tokens=drawn_tokens())
 def test_following_is_that_of_a_scan(tokens):

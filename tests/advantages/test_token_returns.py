@@ -95,6 +95,7 @@ JITTED = {name: jax.jit(f) for name, (f, _) in SPREADS.items()}
 NAMES = pytest.mark.parametrize("name", list(SPREADS))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=12, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -174,6 +175,7 @@ class ByHandTest(chex.TestCase):
         self.assertEqual(run(functools.partial(spreads.token_gae, gamma=1.0, lambda_=1.0)), [13, 11, 0, 4, -4])
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(rollouts=batches(integers=True))
 def test_three_ways_to_the_same_number(rollouts):

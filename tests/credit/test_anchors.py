@@ -79,6 +79,7 @@ JITTED = {name: jax.jit(assigner) for name, (assigner, _) in ASSIGNERS.items()}
 NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -86,6 +87,7 @@ def test_is_that_of_a_loop(name, rollouts):
     check_loop(JITTED[name], rollouts, nothing, ASSIGNERS[name][1](rollouts))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=8, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())
@@ -133,6 +135,7 @@ def test_hgpo_by_hand():
     np.testing.assert_allclose(value, [1, verdict, -1, -verdict, 0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_average_verdict_keeps_its_weight_in_the_papers_levels():
     """A call that is average in its state, and the worse of two with its history."""
     rollouts = [

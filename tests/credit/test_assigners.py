@@ -80,6 +80,7 @@ def evidence_of(table, seed=0):
     return Evidence(value=np.where(table.valid, value, 0).astype(np.float32))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=30, deadline=None)
 @given(rollouts=batches())
@@ -111,6 +112,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
     assert credits(rollouts) == credits(data.draw(st.permutations(rollouts)))
 
 
+@pytest.mark.slow
 @NAMES
 def test_nan_in_padding_reaches_nothing(name):
     rollouts = [make_rollout("a", 1.0, [0.5, 0.0, 0.25]), make_rollout("a", 0.0, [0.0])]

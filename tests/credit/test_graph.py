@@ -79,6 +79,7 @@ JITTED = {name: jax.jit(assigner) for name, (assigner, _) in ASSIGNERS.items()}
 NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(integers=True))
@@ -86,6 +87,7 @@ def test_is_that_of_a_loop(name, rollouts):
     check_loop(JITTED[name], rollouts, nothing, ASSIGNERS[name][1](rollouts))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=8, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())

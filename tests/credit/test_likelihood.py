@@ -98,6 +98,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
     check_order(JITTED[name], rollouts, data.draw(st.permutations(rollouts)), evidence_of)
 
 
+@pytest.mark.slow
 @NAMES
 def test_padding_reaches_nothing(name):
     check_padding(JITTED[name], named(make_rollout("a", 1.0, [0.5, 0.0, 0.25]), make_rollout("a", 0.0, [0.25, 1.0])), evidence_of)

@@ -150,6 +150,7 @@ def test_is_that_of_a_loop(name, forest):
     assert not np.asarray(value)[len(forest.parents) :].any()
 
 
+@pytest.mark.slow
 @NAMES
 def test_padding_reaches_nothing(name):
     tight, table = SMALL.table(4, 5), SMALL.table()
@@ -161,6 +162,7 @@ def test_padding_reaches_nothing(name):
     np.testing.assert_allclose(clean[:4], short, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @NAMES
 def test_pairs_may_stand_in_any_order(name):
     table = SMALL.table(4, 5)
@@ -171,6 +173,7 @@ def test_pairs_may_stand_in_any_order(name):
     np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @NAMES
 def test_constant_groups_and_groups_of_one_get_exactly_0(name):
     same = Forest((-1, 0, 0, -1, 3, 4, -1), (0, 0, 0, 1, 1, 1, 2), (0,) * 7, (((0, 1), 0.1), ((0, 2), 0.1), ((3, 4, 5), 0.1), ((6,), 0.1)))

@@ -167,6 +167,7 @@ def test_is_the_same_under_jit_and_vmap_as_without(name):
     chex.assert_trees_all_close(actual, wanted, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @NAMES
 def test_a_table_does_not_see_the_one_beside_it(name):
     one, other = (result[name] for result in compiled())

@@ -107,6 +107,7 @@ def test_who_speaks_before_anybody_answers_gains_nothing() -> None:
     assert text_of(pairs[2][1]) == "dodone<|im_end|><|im_start|>assistant\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"ended": False}, {"preface": "SELECT"}, {"roles": ANSWERING}])
 def test_is_the_mean_of_the_answers_tokens(settings: dict[str, Any]) -> None:
     some = recorded()[::5]

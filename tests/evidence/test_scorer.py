@@ -120,6 +120,7 @@ def assert_close(result: Sequence[Any], expected: Sequence[Any]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_is_that_of_one_row_after_another() -> None:
     transitions = some_calls()
     result = LOGPS(weights(), transitions)

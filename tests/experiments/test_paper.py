@@ -130,6 +130,7 @@ def test_settings_are_the_published_ones(module: Any, experiment: Any, prompts: 
     assert (config.train_roles == ("writer", "rewriter")) == (module is paper_sql)
 
 
+@pytest.mark.slow
 def test_a_model_and_data_are_asked_for(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "experiments.configs.paper_sql", f"--out={tmp_path}"], capture_output=True, text=True, timeout=120

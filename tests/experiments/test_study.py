@@ -119,6 +119,7 @@ def test_a_study_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(tmp_path: Path
     assert refused.returncode == 1 and "holds a study of other settings" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_where_its_output_is(tmp_path: Path) -> None:
     with study.tqdm.tqdm(total=1, disable=True) as bar, pytest.raises(UserError, match=r"no such file.*output.log"):
         study.run(text_to_sql, tmp_path, [f"--data_dir={tmp_path / 'none'}"], bar, 1)

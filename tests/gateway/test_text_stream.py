@@ -86,6 +86,7 @@ def test_without_tools_nothing_is_a_call() -> None:
     assert parse_reply(call("{}"), ()).calls == ()
 
 
+@pytest.mark.slow
 @hypothesis.given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=8).map("".join), st.data())
 def test_released_text_is_always_a_beginning_of_the_final_text(tokenizer: Any, text: str, data: st.DataObject) -> None:
     renderer, stops = Renderer_of(tokenizer), ("STOP", "\n\n")

@@ -53,6 +53,7 @@ TURNS = {
 MASKED = {"masked/next": TOKENS["token/vtrace_td_error_and_advantage"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*TOKENS, *TURNS, *MASKED])
 def test_returns_and_v_trace(case):
     """`masked` is rlax under its sample mask: observations are carried across in both."""

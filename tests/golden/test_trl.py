@@ -106,6 +106,7 @@ def check(case, value, gradient, scale=1.0):
     assert np.abs(gradient).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_losses(name):
     settings = TRL.cases[f"loss/{name}"]
@@ -151,6 +152,7 @@ def test_rloo_takes_a_completion_for_one_action():
     check("loss/rloo", *total(DRAWN["logp"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CORRECTIONS))
 def test_corrections(name):
     correction = CORRECTIONS[name](TRL.cases[f"correction/{name}"]["vllm_importance_sampling_clip_max"])
@@ -183,6 +185,7 @@ ADVANTAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ADVANTAGES))
 def test_advantages(name):
     """Rollouts are cut into calls, which changes nothing."""

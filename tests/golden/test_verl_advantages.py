@@ -60,6 +60,7 @@ def of_rollouts(advantage, spread, table, tokens, evidence):
     return spread(table, tokens, advantage(table, credit.identical(table, evidence), evidence), evidence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["calls", "one_call"])
 @pytest.mark.parametrize("name", list(OF_ROLLOUTS))
 def test_estimators_of_rollouts(name, merged):
@@ -77,6 +78,7 @@ def test_estimators_of_rollouts(name, merged):
     np.testing.assert_allclose(ours[compared], on_actions(golden)[compared], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", VERL.under("small"))
 def test_epsilons(case):
     """Rewards that differ by a thousandth: another epsilon would show in the third digit."""
@@ -194,6 +196,7 @@ def test_singletons_of_the_default_are_zero_and_verls_are_raw():
         assert not rows.grid(of_rollouts(function, advantages.broadcast, rows.table, rows.tokens, NOTHING))[SINGLETON].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", VERL.under("hazard/constant"))
 def test_seven_rewards_of_a_tenth_have_no_advantage(case):
     """0.1 less the mean of seven 0.1 is not 0 in float32; on paper it is, and with ours, which compares."""
@@ -215,6 +218,7 @@ def test_seven_rewards_of_a_tenth_have_no_advantage(case):
 LATE = ("gae", "reinforce_plus_plus", "remax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LATE)
 def test_verl_loses_a_reward_that_is_paid_at_an_observation(name):
     """A rollout that ends with a tool's answer, and its outcome of 1 there. On paper the last action earned it, and so it is with ours."""

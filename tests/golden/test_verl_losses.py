@@ -113,6 +113,7 @@ def check(case):
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", VERL.under("loss"))
 def test_policy_losses(case):
     assert np.abs(check(case)).max() > 1e-3
@@ -124,6 +125,7 @@ def test_policy_losses_with_importance_weights(case):
     check(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in VERL.under("empty_row") if case != "empty_row/geo_mean"])
 def test_policy_losses_with_a_row_without_actions(case):
     check(case)
@@ -175,6 +177,7 @@ def test_losses_that_verl_does_not_clamp(name):
         assert moved.any()
 
 
+@pytest.mark.slow
 def test_clip_covs_draw():
     """verl drew other tokens than our key would; given its draw, the loss is the same, and it is a draw that ours could have made."""
     case = "draw/clip_cov"
@@ -197,6 +200,7 @@ def test_clip_covs_draw():
     np.testing.assert_allclose(rows.grid(gradient), VERL[case]["gradient"], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(AGGREGATIONS))
 def test_aggregations(mode):
     """Also over rows cut into calls, where verl's mean over sequences is our mean over rollouts; and by micro-batches that add up."""

@@ -53,6 +53,7 @@ def test_value_loss():
     np.testing.assert_allclose(ROWS.grid(gradient), VERL["value_loss"]["gradient"], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
 @pytest.mark.parametrize("name", list(CORRECTIONS))
 def test_importance_weights(name, normalised):
@@ -66,6 +67,7 @@ def test_importance_weights(name, normalised):
     np.testing.assert_array_equal(ROWS.grid(keep), golden > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", VERL.under("rejection"))
 def test_rejections(case):
     """verl's k1 bounds the ratio the other way round, and its sequences are named `seq`."""

@@ -38,6 +38,7 @@ def rollouts_of(name: str, kind: str, groups: float = GROUPS):
     return jax.tree.map(np.asarray, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["groups", "trees"])
 @pytest.mark.parametrize("name", ["stochastic_tools", "mistake_and_recovery", "unequal_lengths"])
 def test_states_and_actions_have_their_chances(name, kind):

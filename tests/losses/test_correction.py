@@ -92,6 +92,7 @@ JITTED = {name: jax.jit(f) for name, (f, _) in CORRECTIONS.items()}
 EACH = pytest.mark.parametrize("name", list(CORRECTIONS))
 
 
+@pytest.mark.slow
 @EACH
 @settings(max_examples=8, deadline=None)
 @given(rollouts=batches(), seed=st.integers(0, 99))
@@ -124,6 +125,7 @@ def test_invariances(name):
     oracles.check_invariances(jax.jit(functools.partial(correction.corrected, loss=policy.ppo_clip, correction=CORRECTIONS[name][0])))
 
 
+@pytest.mark.slow
 @EACH
 def test_weights_are_never_differentiated(name):
     inputs = oracles.draw()

@@ -93,6 +93,7 @@ def test_covariance_is_that_of_a_loop(rollouts, seed):
     np.testing.assert_allclose(actual, [covs.get(e, 0.0) for e in range(len(actual))], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("loss, loop", [(CLIP, ppo_loop), (KL, kl_loop)])
 def test_gradient_is_that_of_the_loop(loss, loop, seed):
@@ -100,6 +101,7 @@ def test_gradient_is_that_of_the_loop(loss, loop, seed):
     oracles.check_gradient(loss, loop, oracles.per_token(oracles.draw(seed=seed), seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [CLIP, KL])
 def test_invariances(loss):
     """Among them: the draw goes with the token, wherever it is packed."""
@@ -139,6 +141,7 @@ def test_micro_batches_share_one_selection(name):
     np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), whole[1])
 
 
+@pytest.mark.slow
 def test_without_a_signal_nothing_is_drawn_and_ties_go_to_the_first_tokens():
     """A constant advantage has covariance 0: outside Clip-Cov's bounds; KL-Cov takes the earliest tokens, however they stand."""
     inputs = dataclasses.replace(oracles.draw(), advantage=np.ones(oracles.EDGES, np.float32))

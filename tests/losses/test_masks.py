@@ -77,6 +77,7 @@ JITTED = {name: jax.jit(loss) for name, (loss, _, _) in LOSSES.items()}
 EACH = pytest.mark.parametrize("name", list(LOSSES))
 
 
+@pytest.mark.slow
 @EACH
 @settings(max_examples=10, deadline=None)
 @given(rollouts=batches(), seed=st.integers(0, 99))
@@ -97,12 +98,14 @@ def test_some_are_kept_and_some_dropped(name):
     assert kept.any() and not kept.all()
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_is_that_of_the_loop(name, seed):
     oracles.check_gradient(JITTED[name], LOSSES[name][1], oracles.per_token(oracles.draw(seed=seed), seed))
 
 
+@pytest.mark.slow
 @EACH
 def test_invariances(name):
     oracles.check_invariances(JITTED[name])

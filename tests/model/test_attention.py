@@ -74,6 +74,7 @@ def test_the_mask_is_who_descends_from_whom(seed: int) -> None:
         assert np.flatnonzero(mask[b, j]).tolist() == seen(end[b], j)
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 def test_a_row_of_padding_alone_is_its_values(name: str) -> None:
     q, k, v, dout, _ = (x.astype(np.float32) for x in random_row(np.random.default_rng(0)))

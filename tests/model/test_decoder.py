@@ -144,6 +144,7 @@ def test_forward_is_that_of_loops_in_float64(config: ModelConfig) -> None:
         close(logits[span], expected_logits)
 
 
+@pytest.mark.slow
 def test_a_critic_is_linear_in_the_hidden_state() -> None:
     params, hidden = params_of(QWEN_25), np.random.default_rng(0).normal(size=(3, 24)).astype(np.float32)
     close(decoder.values(params, hidden), hidden.astype(np.float64) @ np.asarray(params["value_head"], np.float64))

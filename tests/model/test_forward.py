@@ -80,6 +80,7 @@ def temporary(config: ModelConfig, remat: Any) -> int:
     return lowered(config, "blocks", remat, length=256).compile(FOR_MEMORY).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="remat='all' must be one of none, layers, dots"):
         decoder.forward(init_params(CONFIG, jax.random.key(0)), CONFIG, *row(), remat="all")  # type: ignore[arg-type]

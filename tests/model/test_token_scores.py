@@ -43,6 +43,7 @@ def by_definition(hidden: np.ndarray, head: np.ndarray, token: np.ndarray, tempe
     return logps, entropies, squares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chunk", "tied"), [(1, True), (7, False), (25, True), (49, False), (50, True), (64, False)])
 def test_equals_the_definition_in_float64(chunk: int, tied: bool) -> None:
     with jax.enable_x64(True):

@@ -12,6 +12,7 @@ from lightningrl.model.visible import block_lists, subtree_end, visible_blocks
 from tests.model.tries import random_end
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), block=st.sampled_from([1, 4, 8, 24]))
 def test_a_block_is_visible_if_one_of_its_tokens_is_seen(seed: int, block: int) -> None:

@@ -33,6 +33,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_ctrl_c_ends_a_run_whose_agent_hangs(kind: str) -> None:
     command = [sys.executable, "-c", PROGRAM, kind]

@@ -32,6 +32,7 @@ def run(agent: Any, tasks: list[Task], gateway: FakeGateway, count: int = 1, sto
         return runner.run(rollout_requests(tasks, phase="train", iteration=0, samples=1), phase="train", iteration=0, seed=0)
 
 
+@pytest.mark.slow
 def test_agents_of_every_kind_answer_from_another_process() -> None:
     kinds = ["fine", "error", "server error", "exit", "unsendable", "slow"]
     with FakeGateway(lambda body: 500 if body["messages"][0]["content"] == "fail" else "said") as gateway:
@@ -84,6 +85,7 @@ def test_ctrl_c_ends_the_processes(tmp_path: Path) -> None:
     assert not is_running(int(pid_file.read_text()))
 
 
+@pytest.mark.slow
 def test_they_do_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     program = f"""

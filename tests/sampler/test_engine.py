@@ -46,6 +46,7 @@ def run(engine: PolicySampler, work: list, concurrency: int) -> list[Completion]
         return list(pool.map(lambda r: engine.submit(*r).result(timeout=60), work))
 
 
+@pytest.mark.slow
 def test_other_tokens_may_end_a_response_too() -> None:
     policy, work = tiny_policy(), requests(6)
     with sampler() as engine:
@@ -107,6 +108,7 @@ def test_same_bits_at_any_concurrency_with_the_cache_on_off_and_full() -> None:
     assert hits[0] > 0.6
 
 
+@pytest.mark.slow
 def test_identical_prompts_that_arrive_together_are_read_once() -> None:
     prompt = np.arange(10, 75, dtype=np.int32)  # four blocks, all full
     with sampler() as engine:
@@ -171,6 +173,7 @@ def test_greedy_is_the_likeliest_token_and_ignores_the_key() -> None:
     assert [top[0][1] for top in a.top] == pytest.approx(a.logprobs.tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution() -> None:
     """2,000 samples of one token: every likely token's frequency within five standard errors of its probability."""
     prompt = np.array([20, 21, 22], np.int32)

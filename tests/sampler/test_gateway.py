@@ -48,6 +48,7 @@ def send(gateway: Gateway, **options: object) -> socket.socket:
     return connection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_slots(gateway: Gateway, sampler: PolicySampler, stream: bool) -> None:
     cancelled = sampler.counts.cancelled
@@ -62,6 +63,7 @@ def test_a_client_that_hangs_up_frees_its_slots(gateway: Gateway, sampler: Polic
     assert sampler._slots.in_use() == 0
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_up_while_it_waits_for_a_slot_is_not_sampled_for(gateway: Gateway, sampler: PolicySampler) -> None:
     before = sampler.counts.requests
     first = send(gateway)

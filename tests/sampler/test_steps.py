@@ -19,6 +19,7 @@ SHAPE = TurnShape(slots=24, group=8, steps=3, chunk=16, rows=2, pieces=4, loads=
 BLOCKS = 700
 
 
+@pytest.mark.slow
 def test_the_compiled_turn_copies_no_cache():
     """Neither in the loops nor around them: no copy of a cache's shape, and less working memory than half a cache. What a group's
     decoding takes out of the cache is a third of it, once a turn, and in the loop over tokens that is not copied either."""
@@ -54,6 +55,7 @@ def test_blocks_are_copied_where_they_belong():
             np.testing.assert_array_equal(np.moveaxis(np.asarray(after), axis, 1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 100, 1000])
 def test_draw_inverts_the_running_sum(size):
     """Token i for uniforms in [Σ_{j<i} w, Σ_{j≤i} w) / Σ w, up to the rounding of the sums at the edges."""
@@ -69,6 +71,7 @@ def test_draw_inverts_the_running_sum(size):
         assert low - 1e-6 <= u <= sums[row, token] + 1e-6
 
 
+@pytest.mark.slow
 def test_draw_never_gives_a_token_of_no_weight():
     """At both ends: a uniform of 0, and one so near 1 that rounding passes every sum."""
     weights = np.zeros((3, 50), np.float32)

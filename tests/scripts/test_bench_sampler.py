@@ -41,6 +41,7 @@ def test_batches_go_on_from_what_was_said_and_count_what_was_wanted() -> None:
     assert seen[3][0][0] == agents[0].first + [7] * agents[0].lengths[0] + agents[0].results[0]
 
 
+@pytest.mark.slow
 def test_weights_are_laid_out_as_llama_has_them() -> None:
     params, c = init_params(bench_sampler.CONFIG, jax.random.key(0)), bench_sampler.CONFIG
     weights = bench_sampler.llama_weights(params)

@@ -111,6 +111,7 @@ def test_the_check_command(tiny: Path, tmp_path: Path) -> None:
     assert torn.returncode == 1 and "no corpus.jsonl here" in torn.stderr and "Traceback" not in torn.stderr
 
 
+@pytest.mark.slow
 def test_gold_answers_of_the_real_data_score_one(multihop_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """And a search for the raw question leaves as much to a second search as was published with the data."""
     report = check(multihop_dir, ["eval"], cache=tmp_path_factory.mktemp("indexes"))
