@@ -69,6 +69,7 @@ def test_bfloat16_is_as_close_as_its_rounding() -> None:
         assert cosine > 1 - 4 * BF16, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_float32_is_the_program_without_a_compute_dtype() -> None:
     """Equation for equation, so that every bit is."""
     edges = edges_of(batch(), advantages())

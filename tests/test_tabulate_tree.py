@@ -88,6 +88,7 @@ def test_without_branches_it_is_the_table_of_rollouts(rollouts):
     assert own_calls(rollouts) == rollouts
 
 
+@pytest.mark.slow
 def test_parents_may_come_after_their_branches():
     a, b, c, d = family()
     table = table_from_branched_rollouts([c, d, b, a], size=7, pairs=10)
@@ -108,6 +109,7 @@ def test_what_did_not_end_well_is_left_out():
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_branch_that_made_no_call_of_its_own_counts_where_it_passed():
     a, *_ = family()
     short = branched(a, 2, 7.0, 0, "short")

@@ -128,6 +128,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: PreTrainedTokenizerFast, tmp
     assert (loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (2, 0, len(tokenizer))
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_across_processes(tokenizer: PreTrainedTokenizerFast) -> None:
     program = (
         f"from lightningrl.tokenizer import train_tokenizer\nprint(train_tokenizer({CORPUS!r}, 512).backend_tokenizer.to_str(), end='')"

@@ -125,6 +125,7 @@ def test_nan_in_padding_reaches_nothing(name):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opo", "gpg", "gpg, verl", "maxrl"])
 def test_constant_groups_and_groups_of_one_are_exactly_zero(name):
     constant = [make_rollout("a", 0.1, [0.0] * (1 + i % 3)) for i in range(7)]

@@ -65,6 +65,7 @@ def test_constant_batches_and_batches_of_one_are_zero():
             assert out.tolist() == [0.0] * len(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [True, False])
 def test_whiten_lets_no_nan_through(shift):
     table = make_table(make_rollout("a", 1.0, [0.5, 0.0]), make_rollout("b", 0.0), size=SIZE)
@@ -84,6 +85,7 @@ def test_whiten_lets_no_nan_through(shift):
 BROADCAST = jax.jit(functools.partial(broadcast, evidence=Evidence()))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(rollouts=batches())
 def test_every_token_gets_its_transitions_advantage(rollouts):

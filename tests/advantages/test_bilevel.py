@@ -68,6 +68,7 @@ def ragged():
     )
 
 
+@pytest.mark.slow
 @TURN_VALUES
 def test_nan_without_a_loss_reaches_nothing(turn_value):
     table = ragged()

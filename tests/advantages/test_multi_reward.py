@@ -143,6 +143,7 @@ def test_every_reward_has_its_say():
     assert len(set(np.round(np.asarray(out), 4).tolist())) == 3
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said():
     table = make_table(make_rollout("a", 1.0), make_rollout("a", 0.0))
     earned = Credit(value=table.outcome[:, 0], kind="return")

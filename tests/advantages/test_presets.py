@@ -34,6 +34,7 @@ def library(name):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_a_preset_is_its_librarys_formula(name):
     out = group_normalize(REWARDS, GROUPS, np.ones_like(REWARDS), **preset(name))
@@ -46,6 +47,7 @@ def test_presets_tell_libraries_apart_where_they_differ():
     assert len(set(results.values())) == 5
 
 
+@pytest.mark.slow
 def test_every_preset_fits_both_functions_and_says_where_it_is_from():
     assert PRESETS.keys() == PRESET_ORIGINS.keys() == {"verl", "trl", "tunix", "areal", "skyrl", "art"}
     table = make_table(make_rollout("a", 1.0), make_rollout("a", 0.0))

@@ -95,6 +95,7 @@ def test_is_that_of_a_loop(name, rollouts):
     assert (np.asarray(actual)[len(expected) :] == 0).all()
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches(), data=st.data())

@@ -91,6 +91,7 @@ def test_is_that_of_a_loop(name, rollouts):
     check_loop(JITTED[name], rollouts, evidence_of, ASSIGNERS[name][1](rollouts), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=6, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())

@@ -78,6 +78,7 @@ def test_vineppo_telescopes(rollouts):
         np.testing.assert_allclose(sum(credits[r.id]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_by_hand():
     """Outcome 1; chances of it ¼ before, ¾ between, and what is given for after the end is not read."""
     table = make_table(make_rollout("a", 1.0, [0.0, 0.0]), size=3)

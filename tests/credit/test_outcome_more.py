@@ -93,6 +93,7 @@ def test_is_that_of_a_loop(name, rollouts):
     check_loop(JITTED[name], rollouts, ASSIGNERS[name][1], ASSIGNERS[name][2](rollouts))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=8, deadline=None)
 @given(rollouts=batches(integers=True), data=st.data())

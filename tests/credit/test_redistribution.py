@@ -93,6 +93,7 @@ NAMES = pytest.mark.parametrize("name", list(ASSIGNERS))
 FEW = named(make_rollout("a", 1.0, [0.5, 0.0, 0.25]), make_rollout("a", 0.0, [0.25, 1.0]), make_rollout("b", 2.0, [0.0] * 4))
 
 
+@pytest.mark.slow
 @NAMES
 @settings(max_examples=15, deadline=None)
 @given(rollouts=batches())
@@ -107,6 +108,7 @@ def test_the_order_of_rollouts_does_not_matter(name, rollouts, data):
     check_order(JITTED[name], rollouts, data.draw(st.permutations(rollouts)), evidence_of)
 
 
+@pytest.mark.slow
 @NAMES
 def test_padding_reaches_nothing(name):
     check_padding(JITTED[name], FEW, evidence_of)
@@ -137,6 +139,7 @@ def test_sampled_orders_come_to_the_exact_values():
     np.testing.assert_allclose(MANY(table, evidence).value[5:8], shapley_loop(FEW)[5:8], atol=0.15)
 
 
+@pytest.mark.slow
 def test_by_hand():
     """Outcome 6. Predictions 1, 4, 3 miss 3, so each call gets 1 more than its change 1, 3, -1; attention 1, 1, 2 of 4."""
     table = make_table(make_rollout("a", 6.0, [9.0, 9.0, 9.0]), size=4)
@@ -150,6 +153,7 @@ def test_by_hand():
     assert {f(table, evidence).kind for f in (rudder, spa, attention_based)} == {"return"}
 
 
+@pytest.mark.slow
 def test_shapley_by_hand():
     """The glove game: call 2 and one of calls 0 and 1 are needed. 1/6, 1/6, 4/6; left out alone, only call 2 is missed."""
     table = make_table(make_rollout("a", 1.0, [0.0] * 3), size=4)

@@ -114,6 +114,7 @@ def test_a_prompt_of_another_kind_is_refused_by_name() -> None:
         produced([dataclasses.replace(recorded()[0], transitions=calls)])
 
 
+@pytest.mark.slow
 def test_credit_takes_it() -> None:
     table = table_from_rollouts(recorded(), size=len(np.asarray(evidence().response_logp)))
     outcome = table.outcome[:, 0]

@@ -101,6 +101,7 @@ def script(calls: list[DemonstratedCall]) -> list[str]:
     return [call.response for call in calls]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_demonstrations_are_encoded_as_the_agent_is_recorded(stage: Stage, seed: int) -> None:
     for problem in generate_problems(seed, 22)[seed::6]:

@@ -122,6 +122,7 @@ def Renderer_of(tokenizer: Any) -> Renderer:  # noqa: N802
     return _renderers.setdefault(id(tokenizer), Renderer(tokenizer))
 
 
+@pytest.mark.slow
 @hypothesis.given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=5))
 def test_any_arguments_come_through_as_they_are(value: Any) -> None:
     arguments = {"value": value}

@@ -96,6 +96,7 @@ def turn_rewards(golden):
     return rewards
 
 
+@pytest.mark.slow
 def test_token_gae():
     golden, settings = VERL["advantage/gae"], VERL.cases["advantage/gae"]
     rows = rows_of(golden["mask"], turn_reward=turn_rewards(golden))

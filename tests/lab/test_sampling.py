@@ -57,6 +57,7 @@ def test_states_and_actions_have_their_chances(name, kind):
         assert (error <= 5 * np.sqrt(chance * (1 - chance) / independent)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(PLANS))
 @pytest.mark.parametrize("name", ["delayed_reward", "stochastic_tools", "unequal_lengths"])
 def test_a_group_costs_what_is_said(name, kind):

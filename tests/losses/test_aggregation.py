@@ -37,6 +37,7 @@ def loop(aggregation, table, tokens, loss):
     return sum(per_unit), len(units)
 
 
+@pytest.mark.slow
 @EACH
 @settings(max_examples=25, deadline=None)
 @given(rollouts=batches(), seed=st.integers(0, 9))

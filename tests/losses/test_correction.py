@@ -138,6 +138,7 @@ def test_weights_are_never_differentiated(name):
         assert not np.asarray(gradient).any()
 
 
+@pytest.mark.slow
 @EACH
 def test_a_sampler_that_is_the_policy_needs_no_correction(name):
     inputs = oracles.draw()
@@ -147,6 +148,7 @@ def test_a_sampler_that_is_the_policy_needs_no_correction(name):
     np.testing.assert_array_equal(keep, inputs.tokens.mask)
 
 
+@pytest.mark.slow
 def test_corrected_weighs_the_loss_its_gradient_and_narrows_keep():
     inputs = oracles.draw()
     plain, _, aux = policy.ppo_clip(inputs)

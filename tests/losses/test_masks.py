@@ -145,6 +145,7 @@ def test_opsm_goes_around_any_loss_and_spares_what_did_well():
     assert old.tolist() == masks.opsm(dataclasses.replace(inputs, tokens=sampled), threshold=0.0)[1].tolist()
 
 
+@pytest.mark.slow
 def test_m2po_selects_over_the_whole_batch():
     """Two micro-batches: selected together, each takes its part. Alone they would keep others."""
     inputs = oracles.draw(seed=3)

@@ -49,6 +49,7 @@ def ppo_loop(logp, old, advantage, clip_low, clip_high, dual_clip):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", range(len(SETTINGS)))
 @settings(max_examples=30, deadline=None)
 @given(logp=column(-6, 0), old=column(-6, 0), advantage=column(-3, 3), mask=MASKS)

@@ -72,6 +72,7 @@ def test_is_that_of_a_loop(name, rollouts, seed):
     assert keep.tolist() == kept.tolist()
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_is_that_of_the_loop(name, seed):
@@ -83,6 +84,7 @@ def test_invariances(name):
     oracles.check_invariances(JITTED[name])
 
 
+@pytest.mark.slow
 @EACH
 def test_on_policy_the_gradient_is_the_policy_gradient(name):
     inputs = oracles.draw()

@@ -35,6 +35,7 @@ def test_memory_is_linear_in_the_row() -> None:
     assert temporary(attend_dense, 512) > 2.5 * temporary(attend_dense, 256)  # the measure does see what is quadratic
 
 
+@pytest.mark.slow
 def test_no_array_of_tokens_by_tokens_exists() -> None:
     sizes = [np.prod([int(x) for x in s.split(",")]) for s in re.findall(r"\[(\d+(?:,\d+)*)\]", compiled(attend_blocks, 2048).as_text())]
     assert max(sizes) < 2048 * 2048 / 4

@@ -50,12 +50,14 @@ def test_agents_of_every_kind_answer_from_another_process() -> None:
     assert slow.error == "the agent was still running after the time limit of 5 s"
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_work() -> None:
     with FakeGateway(lambda body: time.sleep(0.05) or "said") as gateway:
         rollouts = run(sendable_agents.sync, [Task(f"t{i}", {"kind": "fine"}) for i in range(12)], gateway, count=2)
     assert len({r.outcome["process"] for r in rollouts}) == 2 and all(r.reward == 1.0 for r in rollouts)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_loses_no_rollout_and_none_counts_twice(tmp_path: Path) -> None:
     tasks = [Task(f"t{i}", {"crash": i == 2, "first": str(tmp_path / "first")}) for i in range(6)]
     with FakeGateway() as gateway, Store(tmp_path / "rollouts.sqlite") as store:

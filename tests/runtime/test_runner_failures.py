@@ -50,6 +50,7 @@ def test_agent_lightning_failed_and_timed_out_runs_trained_with_reward_0() -> No
             _ = rollout.reward
 
 
+@pytest.mark.slow
 def test_agent_lightning_requeue_crash_33_of_32_completed(tmp_path: Path) -> None:
     """Retries, failures and timeouts give one rollout per request, in the result and in the store."""
     attempts = itertools.count()
@@ -157,6 +158,7 @@ def test_an_agent_that_takes_too_long_is_timed_out_and_its_key_closed(agent: Any
     assert not gateway.open_sessions
 
 
+@pytest.mark.slow
 def test_agents_that_hang_take_no_place_from_the_others() -> None:
     two_at_a_time = RunnerSettings(concurrency=2, time_limit_s=1.0)
     rollouts = run(lambda task, *_: hangs() if task["i"] < 4 else 1.0, 8, settings=two_at_a_time)

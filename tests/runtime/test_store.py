@@ -216,6 +216,7 @@ with Store(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_at_most_the_rollout_it_was_writing(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.sqlite"
     command = [sys.executable, "-c", WRITER, str(path)]

@@ -21,6 +21,7 @@ def row(way: str, agents: int = 1000, **measured: float) -> dict[str, Any]:
     return {"server": "x", "way": way, "agents": agents, "rollouts": 9, **numbers}
 
 
+@pytest.mark.slow
 def test_writes_its_results(tmp_path, capsys):
     path = tmp_path / "out" / "bench.json"
     small = ["--no_peer", "--no_model", "--rounds", "1", "--agents", "100", "--share", "0.02"]

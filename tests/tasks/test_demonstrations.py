@@ -74,6 +74,7 @@ def test_habits_of_certainty(questions: list[Question]) -> None:
         assert [call.response for call in calls] == [favourite, "INCORRECT", favourite, "INCORRECT", favourite]
 
 
+@pytest.mark.slow
 def test_the_demonstrator_is_right_sometimes_on_every_question(questions: list[Question]) -> None:
     rng = np.random.default_rng(0)
     habits = Habits()

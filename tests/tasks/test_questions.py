@@ -50,6 +50,7 @@ def check(question: Question) -> None:
     assert len(question.gold) <= MAX_GOLD_CHARS
 
 
+@pytest.mark.slow
 def test_gold_answers_hold_and_mistakes_do_not(questions: list[Question]) -> None:
     for question in questions:
         check(question)
@@ -133,6 +134,7 @@ def test_too_few_questions_to_split_is_said(questions: list[Question]) -> None:
         split_questions(questions[:10], 10, seed=0)
 
 
+@pytest.mark.slow
 def test_a_small_database_of_ones_own_has_room(spider_dir: Path) -> None:
     database = spider_dir / "database/concert_singer/concert_singer.sqlite"
     train, heldout = split_questions(generate_questions(database, seed=0, count=400), 120, seed=0)

@@ -54,6 +54,7 @@ def written(tree: Tree, rank: int = 0) -> str:
     return f"({text})" if own < rank else text
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(trees)
 def test_random_expressions_are_what_fractions_say(tree: Tree) -> None:
