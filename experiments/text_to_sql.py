@@ -4,7 +4,8 @@
     python -m experiments.text_to_sql --out=runs/mine --database=mine.sqlite    # on a database of one's own
     python -m experiments.text_to_sql --out=runs/spider --data_dir=SPIDER --policy=DIR
 
-The reward is execution match and nothing else. Held-out questions are never trained on, nor shown in the warm start.
+The reward is execution match and nothing else. Held-out questions are never trained on, nor shown in the warm start; unseen ones are about
+databases that are not either. Of Spider those are dev.json's, and held-out ones are about its training databases.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from experiments import training
 from experiments.agents import sql_langgraph
@@ -49,7 +52,7 @@ class Config(TrainingConfig):
     data_dir: str | None = setting(None, "Spider in its official layout: dev.json, train_spider.json, tables.json, database/")
     databases: int = setting(3, "generated databases to train on")
     unseen_databases: int = setting(3, "generated databases, of other domains, to evaluate on only")
-    unseen_questions: int = setting(60, "questions about unseen databases")
+    unseen_questions: int = setting(60, "questions about unseen databases; of Spider, of dev.json")
 
 
 def load_data(config: Config, folder: Path) -> Data[Question]:
@@ -57,8 +60,10 @@ def load_data(config: Config, folder: Path) -> Data[Question]:
     if config.database and config.data_dir:
         raise UserError("give --database or --data_dir, not both")
     if config.data_dir:
+        train, heldout = split_questions(load_spider(config.data_dir, "train"), config.heldout_questions, config.seed)
         dev = load_spider(config.data_dir, "dev")
-        return Data(load_spider(config.data_dir, "train"), dev[: config.heldout_questions], ())
+        order = np.random.default_rng([config.seed, 2]).permutation(len(dev))  # the file has one database after another
+        return Data(train, heldout, [dev[i] for i in sorted(order[: config.unseen_questions])])
     if config.database:
         questions = generate_questions(config.database, config.seed, config.questions)
         if len(questions) < 2 * config.heldout_questions:  # a small file: keep at least as much to train on
@@ -96,10 +101,16 @@ def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
 
 
 def by_hardness(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
-    """Held-out accuracy of the last evaluation by Spider's levels."""
+    """Accuracy of the last evaluation by Spider's levels, on held-out questions and on those about unseen databases."""
+    last = fitted.metrics[-1]["iteration"]
+    uses = {"by_hardness_after": ("heldout", data.heldout), "unseen_by_hardness_after": ("unseen", data.unseen)}
     with Store(fitted.out / "rollouts.sqlite") as store:
-        right = {r.task.id: r.outcome.get("reward") == 1.0 for r in store.read("heldout", fitted.metrics[-1]["iteration"])}
-    return {"by_hardness_after": dict(accuracy_by_hardness(data.heldout, [right.get(q.id, False) for q in data.heldout]))}
+        right = {name: {r.task.id: r.outcome.get("reward") == 1.0 for r in store.read(use, last)} for name, (use, _) in uses.items()}
+    return {
+        name: dict(accuracy_by_hardness(questions, [right[name].get(q.id, False) for q in questions]))
+        for name, (_, questions) in uses.items()
+        if questions
+    }
 
 
 EXPERIMENT = Experiment(

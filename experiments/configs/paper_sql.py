@@ -10,7 +10,13 @@ from __future__ import annotations
 from experiments import text_to_sql
 from experiments.configs import paper
 
-SETTINGS = paper.SETTINGS | {"out": "runs/paper_sql", "train_roles": ("writer", "rewriter"), "iterations": 436}
+SETTINGS = paper.SETTINGS | {
+    "out": "runs/paper_sql",
+    "train_roles": ("writer", "rewriter"),
+    "iterations": 436,
+    "heldout_questions": 100,  # about the databases that are trained on
+    "unseen_questions": 500,  # about those of dev.json
+}
 
 if __name__ == "__main__":
     paper.run(text_to_sql.Config, text_to_sql.EXPERIMENT, SETTINGS)

@@ -55,7 +55,7 @@ def spider(folder: Path) -> Path:
         connection.executemany("INSERT INTO pet VALUES (?, ?)", [(i, f"name{i}") for i in range(8)])
     columns = {"db_id": "pets", "table_names_original": ["pet"], "column_names_original": [[-1, "*"], [0, "id"], [0, "name"]]}
     (folder / "tables.json").write_text(json.dumps([columns]))
-    for split, numbers in {"train_spider": range(4), "dev": range(4, 8)}.items():
+    for split, numbers in {"train_spider": range(6), "dev": range(6, 8)}.items():
         golds = [
             {"db_id": "pets", "question": f"What is the name of pet {i}?", "query": f"SELECT name FROM pet WHERE id = {i}"} for i in numbers
         ]

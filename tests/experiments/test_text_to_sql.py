@@ -15,6 +15,7 @@ from lightningrl.config import same_run
 from lightningrl.errors import UserError
 from lightningrl.tasks.text_to_sql.databases import build_databases
 from lightningrl.types import Rollout, Task
+from tests.tasks.conftest import data_folder
 
 SMALL = Config(databases=2, unseen_databases=1, questions=80, heldout_questions=20, unseen_questions=6, demonstrations=90)
 
@@ -43,6 +44,16 @@ def test_a_small_database_keeps_at_least_as_much_to_train_on(tmp_path: Path) -> 
 def test_one_source_of_questions_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--database or --data_dir, not both"):
         load_data(dataclasses.replace(SMALL, database="a.sqlite", data_dir="b"), tmp_path)
+
+
+def test_spider_is_split_by_database(tmp_path: Path) -> None:
+    """Held-out questions are about databases that are trained on, unseen ones about those of dev.json, from all over the file."""
+    spider = str(data_folder("spider", "dev.json"))
+    data = load_data(dataclasses.replace(SMALL, data_dir=spider, heldout_questions=300, unseen_questions=100), tmp_path)
+    assert (len(data.heldout), len(data.unseen)) == (300, 100) and len(data.train) > 5000
+    databases = [{q.database for q in questions} for questions in (data.train, data.heldout, data.unseen)]
+    assert databases[1] <= databases[0] and not databases[2] & databases[0] and len(databases[2]) > 10
+    assert not {(q.database, q.gold) for q in data.train} & {(q.database, q.gold) for q in data.heldout}
 
 
 def test_every_question_is_demonstrated_as_often_as_any_other(tmp_path: Path) -> None:
