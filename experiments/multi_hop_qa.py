@@ -54,7 +54,8 @@ class Config(TrainingConfig):
         None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
     )
     worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
-    iterations: int = setting(30, "times the agents run and the policy is updated")
+    iterations: int = setting(20, "times the agents run and the policy is updated")
+    eval_every: int = setting(10, "iterations between evaluations on the held-out tasks")
     reading_steps: int = setting(170, "updates in which a new policy learns to read the demonstrations, prompts included")
     imitation_steps: int = setting(120, "updates on the demonstrations' responses after that")
     context_length: int = setting(320, "tokens of a prompt and its response, at most")
