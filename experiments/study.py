@@ -79,7 +79,8 @@ def main() -> None:
     ]
     end = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
     left = [job for job in jobs if not cell_path(out, job).exists()]
-    with tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run", smoothing=0.0) as bar:
+    live = sys.stderr.isatty()
+    with tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run", smoothing=0.0, disable=not live) as bar:
         for job in left:
             if time.monotonic() > end:
                 print(f"\n{config.minutes:g} minutes are over: the same command goes on with the other runs", file=sys.stderr)
@@ -87,6 +88,8 @@ def main() -> None:
             bar.set_description(str(job.place), refresh=True)
             run_cell(config, out, job, bar)
             report(config, out, tasks)
+            if not live:
+                print(f"{job.place}: {read_cell(out, job).curve[-1].heldout_reward:.3f}", file=sys.stderr, flush=True)
     report(config, out, tasks)
     print((out / "report.md").read_text())
 
