@@ -27,7 +27,7 @@ import tqdm
 
 from experiments import math_tool, multi_hop_qa, text_to_sql
 from experiments.study_report import MORE_SUPERVISED, Cell, Point, write_report, write_whole
-from experiments.training import equal_compute_steps
+from experiments.training import SMOKE, equal_compute_steps
 from lightningrl import flags
 from lightningrl.config import setting
 from lightningrl.errors import UserError, settings_of_a_person
@@ -150,8 +150,9 @@ def run_cell(config: Config, out: Path, job: Job, bar: tqdm.tqdm) -> None:
     """Runs a cell, after the warm start that it shares with others, and writes down what came of it."""
     start = out / "runs" / Job(job.task, "start", job.seed).place
     module = TASKS[job.task]
-    common = [f"--seed={job.seed}", *(f"--{text}" for text in config.settings), *(["--smoke"] if config.smoke else [])]
-    settings: dict[str, str] = dict(text.split("=", 1) for text in config.settings)
+    small = SMOKE | dict(module.EXPERIMENT.smoke) if config.smoke else {}
+    settings = {name: str(value) for name, value in small.items()} | dict(text.split("=", 1) for text in config.settings)
+    common = [f"--seed={job.seed}", *(f"--{name}={value}" for name, value in settings.items())]
     if not (start / "summary.json").exists():
         run(module, start, [*common, "--iterations=0"], bar, 0)
     folder = out / "runs" / job.place

@@ -15,9 +15,14 @@ ANCHOR_DEPTH = 3  # K, how many last states an anchor looks back on at most
 
 
 def last_message(transition: Transition) -> Hashable:
-    """The state that a call was made in, as GiGPO (arXiv 2505.10978) has it: who is asked, and the observation in front of it."""
-    shown = json.dumps(transition.messages[-1], sort_keys=True, default=str) if transition.messages else transition.prompt_ids.tobytes()
-    return transition.role, shown
+    """The state that a call was made in, as GiGPO (arXiv 2505.10978) has it: who is asked, and the observation in front of it.
+
+    The id that ties a tool's result to the call it answers is drawn by chance, and no part of what was observed.
+    """
+    if not transition.messages:
+        return transition.role, transition.prompt_ids.tobytes()
+    seen = {name: value for name, value in transition.messages[-1].items() if name != "tool_call_id"}
+    return transition.role, json.dumps(seen, sort_keys=True, default=str)
 
 
 def table_from_rollouts(

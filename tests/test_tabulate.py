@@ -108,6 +108,21 @@ def test_anchors_are_equal_where_the_last_states_of_a_group_are() -> None:
     assert list(table.next_anchor) == [last[1], last[2], -1, last[4], last[5], -1, -1]
 
 
+def test_a_tools_result_is_the_same_state_whatever_the_call_was_called() -> None:
+    """Clients name each call by chance; that is no part of what the agent saw."""
+
+    def searched(found: str, call_id: str) -> Rollout:
+        rollout = make_rollout("g", 1.0, [0.0, 0.0], name=call_id)
+        first, second = rollout.transitions
+        seen = ({"role": "user", "content": "where?"}, {"role": "tool", "content": found, "tool_call_id": call_id})
+        return dataclasses.replace(
+            rollout, transitions=(dataclasses.replace(first, messages=seen[:1]), dataclasses.replace(second, messages=seen))
+        )
+
+    table = make_table(searched("Rome", "call_a"), searched("Rome", "call_b"), searched("Oslo", "call_a"))
+    assert table.anchor[:, 0].tolist() == [0, 1, 0, 1, 0, 2]
+
+
 def test_a_state_of_ones_own() -> None:
     rollouts = [make_rollout("a", 1.0, (0.0, 0.0), name="1"), make_rollout("a", 1.0, (0.0, 0.0), name="2")]
     table = table_from_rollouts(rollouts, size=4, state=lambda transition: transition.turn)

@@ -89,16 +89,26 @@ def test_extra_rollouts_are_counted(tmp_path: Path) -> None:
     assert cell.curve == [Point(0, 0, 0, 0.2), Point(2, 22, 200, 0.5, 0.1)] and cell.train_reward == [0.3, 0.4]
 
 
-SMALL = "questions=40,heldout_questions=4,demonstrations=40,iterations=1,tasks_per_iteration=2,rollouts_per_task=2,unseen_databases=0"
-SMALL += ",databases=1,reading_steps=2,imitation_steps=2,hidden_size=32,num_layers=1,intermediate_size=32,vocab_size=512,context_length=512"
-SMALL += ",updates_per_iteration=1,max_tokens=8"
+TINY = "iterations=1,heldout_questions=4,questions=40,demonstrations=40,tasks_per_iteration=2,rollouts_per_task=2,unseen_databases=0"
+TINY += ",databases=1,reading_steps=2,imitation_steps=2,hidden_size=32,num_layers=1,intermediate_size=32,vocab_size=512,max_tokens=8"
+TINY += ",context_length=512"
 
 
 @pytest.mark.slow
 def test_a_study_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
-    settings = f"{SMALL},cache={tmp_path / 'cache'}"
+    settings = f"{TINY},cache={tmp_path / 'cache'}"
     arms = f"lightningrl,lightningrl@writer,{MORE_SUPERVISED}"
-    command = [sys.executable, "-m", "experiments.study", "--recipes", arms, "--seeds=1", f"--settings={settings}", f"--out={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.study",
+        "--recipes",
+        arms,
+        "--seeds=1",
+        "--smoke",
+        f"--settings={settings}",
+        f"--out={tmp_path}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     first = tmp_path / "cells" / "sql" / "lightningrl" / "seed0.json"
     deadline = time.monotonic() + 300
