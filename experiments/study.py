@@ -70,6 +70,7 @@ class Job:
 
 def main() -> None:
     config = flags.config_from_flags(Config)
+    config = dataclasses.replace(config, settings=with_lists(config.settings), grid=with_lists(config.grid))
     tasks = chosen_tasks(config.task)
     check(config, tasks)
     out = Path(config.out)
@@ -92,6 +93,17 @@ def main() -> None:
                 print(f"{job.place}: {read_cell(out, job).curve[-1].heldout_reward:.3f}", file=sys.stderr, flush=True)
     report(config, out, tasks)
     print((out / "report.md").read_text())
+
+
+def with_lists(texts: Sequence[str]) -> tuple[str, ...]:
+    """NAME=VALUE each, where a value may have been a list, which the flag took apart at its commas too."""
+    whole: list[str] = []
+    for text in texts:
+        if "=" in text or not whole:
+            whole.append(text)
+        else:
+            whole[-1] += f",{text}"
+    return tuple(whole)
 
 
 def chosen_tasks(text: str) -> tuple[str, ...]:

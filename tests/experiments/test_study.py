@@ -45,6 +45,11 @@ def test_tasks_by_name() -> None:
         chosen_tasks("sql,go")
 
 
+def test_a_setting_may_be_a_list() -> None:
+    assert study.with_lists(("intermediate=tool_error", "better_draft", "seed=3")) == ("intermediate=tool_error,better_draft", "seed=3")
+    assert study.with_lists(("controls", "x=1")) == ("controls", "x=1")
+
+
 def test_a_folder_holds_one_study(tmp_path: Path) -> None:
     same_study(tmp_path, Config())
     same_study(tmp_path, Config(recipes=("lightningrl", "rft"), seeds=5, minutes=3.0, task="all"))
