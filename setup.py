@@ -22,6 +22,7 @@ TEST = [
     "fastapi",
     "hypothesis",
     "mypy",
+    "psutil",
     "pytest",
     "pytest-xdist",
     "ruff",
@@ -60,7 +61,7 @@ setup(
     extras_require={
         "agents": AGENTS,
         "test": TEST,
-        "notebooks": NOTEBOOKS,
+        "notebooks": [*NOTEBOOKS, *AGENTS],
         "ray": RAY,
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],

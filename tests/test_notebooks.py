@@ -16,7 +16,7 @@ from scripts.run_notebooks import FOLDER, execute
 
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 SAME_PICTURE = 1e-3  # mean difference over pixels and channels, of 1
-RESULTS = "experiments/results/credit_lab"  # what 03 reads
+RESULTS = ("experiments/results/credit_lab", "experiments/results/r1")  # what 03 reads, and 04 to 06
 AGAIN = "run scripts/run_notebooks.py and look at what changed"
 
 each_notebook = pytest.mark.parametrize("name", NAMES)
@@ -51,15 +51,15 @@ def pictures(notebook: nbformat.NotebookNode) -> Iterator[np.ndarray]:
 
 
 def test_the_notebooks_are_there():
-    assert [name.split("_")[0] for name in NAMES] == ["01", "02", "03"]
+    assert [name.split("_")[0] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.slow
 @each_notebook
 def test_prints_what_is_kept(name, tmp_path):
     """On a copy, since opening a store touches its folder."""
-    for folder in ("notebooks", RESULTS):
-        shutil.copytree(FOLDER.parent / folder, tmp_path / folder)
+    for folder in ("notebooks", *RESULTS):
+        shutil.copytree(FOLDER.parent / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs"))
     fresh = execute(tmp_path / "notebooks" / name)
     for number, (old, new) in enumerate(zip(code_cells(kept(name)), code_cells(fresh), strict=True), start=1):
         assert shown(new) == shown(old), f"code cell {number} of {name} prints something else than what is kept in it: {AGAIN}"
