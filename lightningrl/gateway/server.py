@@ -129,7 +129,7 @@ class Gateway:
             sampling: settings that replace the agent's.
             replay: answers the rollout's first calls as a recorded rollout's; how, and what happens if they differ: `gateway.replay`.
         """
-        key = secrets.token_urlsafe(24)
+        key = f"sk-{secrets.token_urlsafe(24)}"  # one that began with - would be taken for an option on a command line
         settings = self._service.settings
         self._service.sessions[key] = Session(rollout_id, seed, train_roles, sampling or SamplingOverrides(), settings, replay)
         return key

@@ -75,6 +75,14 @@ def test_a_gateway_never_attaches_to_another_servers_port(stage: Stage) -> None:
     assert stage.client().chat.completions.create(model="policy", messages=[USER]).choices[0].message.content == "A"
 
 
+def test_keys_are_unguessable_and_can_be_given_on_a_command_line(stage: Stage) -> None:
+    """One that begins with a dash would be taken for an option; of random ones, one in 64 does."""
+    keys = [stage.gateway.open(f"r{i}", seed=0) for i in range(300)]
+    assert len(set(keys)) == 300 and all(key[0].isalpha() and len(key) >= 32 for key in keys)
+    for key in keys:
+        stage.gateway.close(key)
+
+
 def test_a_key_of_one_gateway_is_unknown_to_another(stage: Stage) -> None:
     """The same confusion seen from an agent: the wrong server must say so."""
     stage.play([])
