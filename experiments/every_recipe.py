@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,9 +92,7 @@ def main() -> None:
         if name in results:
             continue
         results[name] = measure(config, data, name)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, path)
+        training.write_whole(path, json.dumps(results, indent=1) + "\n")
         norms = ", ".join(f"{row['grad_norm']:.3f}" for row in results[name]["iterations"])
         print(f"{name}: gradient norms {norms}; {results[name]['seconds']:.0f} s")
     still = [name for name, result in results.items() if not any(row["grad_norm"] > 0 for row in result["iterations"])]

@@ -6,7 +6,8 @@
 
 What is compared is a recipe; `RECIPE@ROLE+ROLE` trains the calls of those roles only, and `more_supervised` spends what the first
 recipe computed on more supervised steps. Each cell is the experiment's own command, from one warm start for a task and seed. A cell
-that is done is a file in OUT/cells, and is not run again; OUT/runs may then go. OUT/report.md, results.json and the figures are written
+that is done is a file in OUT/cells, and is not run again. Without OUT/runs a seed's warm start is made anew, on another machine with other
+rounding: keep them until a seed has all its recipes. OUT/report.md, results.json and the figures are written
 anew after every cell.
 """
 
@@ -26,8 +27,8 @@ from typing import Any
 import tqdm
 
 from experiments import math_tool, multi_hop_qa, text_to_sql
-from experiments.study_report import MORE_SUPERVISED, Cell, Point, write_report, write_whole
-from experiments.training import SMOKE, equal_compute_steps
+from experiments.study_report import MORE_SUPERVISED, Cell, Point, write_report
+from experiments.training import SMOKE, equal_compute_steps, write_whole
 from lightningrl import flags
 from lightningrl.config import setting
 from lightningrl.errors import UserError, settings_of_a_person
@@ -38,7 +39,7 @@ TASKS: Mapping[str, Any] = {"sql": text_to_sql, "qa": multi_hop_qa, "math": math
 EXTRA_ROLLOUTS = ("branch_rollouts", "greedy_rollouts")  # what producers of evidence had run
 MANIFEST = ("commit", "machine", "python", "versions")
 OWN = ("out", "seed", "recipe", "train_roles", "policy")  # settings that a study makes
-TUNING_SEED = 1000  # seeds from here on are for choosing settings, and are never reported
+TUNING_SEED = 1000  # for choosing settings, and never reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,9 @@ def chosen_tasks(text: str) -> tuple[str, ...]:
 
 
 def check(config: Config, tasks: Sequence[str]) -> None:
-    """Refuses what the runs would refuse, before the first one starts."""
+    """Refuses what can be seen to be wrong before the first run starts."""
+    if config.first_seed <= TUNING_SEED < config.first_seed + config.seeds:
+        raise UserError(f"seed {TUNING_SEED} is for choosing settings: report others")
     if not config.recipes or config.seeds < 1:
         raise UserError("a study needs at least one recipe and one seed")
     if config.recipes[0] == MORE_SUPERVISED:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from experiments.training import write_whole
 from lightningrl.lab.intervals import Interval, draw_seeds, interval_of_mean
 
 MORE_SUPERVISED = "more_supervised"
@@ -27,7 +27,7 @@ class Point:
 
     iteration: int
     rollouts: int  # to train on; branched ones and others that the recipe had run are counted
-    tokens: int  # of their prompts and responses
+    tokens: int  # of prompts and responses, without those of such extra rollouts
     heldout_reward: float
     unseen_reward: float | None = None
 
@@ -60,7 +60,7 @@ def write_report(out: Path, cells: Sequence[Cell], command: str) -> None:
 
 
 def results_of(cells: Sequence[Cell], command: str) -> dict[str, Any]:
-    """The numbers of the report: for every task and arm, over the seeds that both it and the first arm have."""
+    """The numbers of the report, for every task and arm: its own over its seeds, comparisons over those that the first arm has too."""
     tasks: dict[str, Any] = {}
     for task in dict.fromkeys(cell.task for cell in cells):
         of_task = [cell for cell in cells if cell.task == task]
@@ -152,9 +152,8 @@ def report_text(results: Mapping[str, Any]) -> str:
             *(arm_row(arm, numbers) for arm, numbers in arms.items()),
             "",
         ]
-    versions = {json.dumps(m, sort_keys=True): m for m in results["made_with"]}
     lines += ["Made with:", ""] + [
-        f"- commit {m['commit']}, Python {m['python']}, jax {m['versions'].get('jax')}, {m['machine']}" for m in versions.values()
+        f"- commit {m['commit']}, Python {m['python']}, jax {m['versions'].get('jax')}, {m['machine']}" for m in results["made_with"]
     ]
     return "\n".join(lines) + "\n"
 
@@ -239,11 +238,3 @@ def efficiency(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
         )
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file at once: whoever reads it finds the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -227,13 +227,19 @@ def train(config: Any, experiment: Experiment[Q], started: float) -> None:
     seconds = time.time() - started
     controls = run_controls(config, experiment, data, demonstrations, fitted) if config.controls else None
     summary = summarize(config, data, fitted, controls, seconds) | dict(experiment.report(fitted, data))
-    partial = out / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, out / "summary.json")
+    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
         f"\nheld-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f} on "
         f"{summary['heldout_questions']} questions; {seconds:.0f} s; everything is in {out}"
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file at once: whoever reads it finds the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def main(config_class: Any, experiment: Experiment[Any]) -> None:

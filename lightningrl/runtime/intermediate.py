@@ -91,14 +91,17 @@ def better_draft(rollout: Rollout, score: Callable[[Task, str], float], bonus: f
 
 def intermediate_rewards(names: Sequence[str], reward: Reward | None = None) -> tuple[Intermediate, ...]:
     """The intermediate rewards of these names. Raises UserError for one that there is not, or that needs a reward function."""
-    known: dict[str, Intermediate] = {"tool_error": tool_error, "repeated_call": repeated_call, "new_support": new_support}
-    if reward is not None:
-        known["better_draft"] = functools.partial(better_draft, score=lambda task, text: outcome_of(task, text, reward, None)["reward"])
+    known: dict[str, Intermediate] = {
+        "tool_error": tool_error,
+        "repeated_call": repeated_call,
+        "new_support": new_support,
+        "better_draft": functools.partial(better_draft, score=lambda task, text: outcome_of(task, text, reward, None)["reward"]),
+    }
     for name in names:
-        if name == "better_draft" and reward is None:
-            raise UserError("the intermediate reward better_draft scores drafts by the reward function, and there is none: give one")
         if name not in known:
-            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted({*known, 'better_draft'}))}")
+            raise UserError(f"there is no intermediate reward {name!r}: choose from {', '.join(sorted(known))}")
+    if "better_draft" in names and reward is None:
+        raise UserError("the intermediate reward better_draft scores drafts by the reward function, and there is none: give one")
     return tuple(known[name] for name in names)
 
 

@@ -209,7 +209,7 @@ class Runner:
             status, error, outcome, again = "diverged", divergence, {}, False
         rollout = self._record(request, attempt, record, answer, outcome, status, error, time.monotonic() - started)
         if status == "ok" and self.intermediate:
-            rollout = await in_thread(self._with_rewards, rollout)  # it may run what a model has written
+            rollout = await self._with_rewards(rollout)
         return rollout, record.log, again
 
     def _record(
@@ -243,11 +243,19 @@ class Runner:
             answer=as_json(answer),
         )
 
-    def _with_rewards(self, rollout: Rollout) -> Rollout:
+    async def _with_rewards(self, rollout: Rollout) -> Rollout:
+        """In a thread and within the time limit: a function may run what a model has written."""
+        limit = self.settings.time_limit_s
+        status: Status = "failed"
         try:
-            return with_rewards(rollout, self.intermediate)
+            return await within(in_thread(with_rewards, rollout, self.intermediate), limit)
+        except Interrupt:
+            raise
+        except OutOfTime:
+            status, error = "timed_out", f"the intermediate rewards were still running after the time limit of {limit:g} s"
         except Exception as problem:
-            return dataclasses.replace(rollout, status="failed", outcome={}, error=describe(problem))
+            error = describe(problem)
+        return dataclasses.replace(rollout, status=status, outcome={}, error=error)
 
 
 def _divergence(replay: Replay | None, record: CallRecord, status: Status) -> str:

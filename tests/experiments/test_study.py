@@ -25,6 +25,7 @@ from lightningrl.errors import UserError
         ({"recipes": ("lightningrl", "gigpoo")}, "gigpoo"),
         ({"recipes": ()}, "at least one recipe"),
         ({"seeds": 0}, "at least one recipe and one seed"),
+        ({"first_seed": 998, "seeds": 3}, "seed 1000 is for choosing settings"),
         ({"recipes": (MORE_SUPERVISED, "lightningrl")}, "a recipe has to come first"),
         ({"recipes": ("gigpo", "gigpo")}, "given twice"),
         ({"settings": ("learning_rat=1e-3",)}, "no NAME=VALUE of a setting of experiments.text_to_sql"),

@@ -33,6 +33,20 @@ def test_a_failure_is_recorded_with_its_traceback_and_not_tried_again() -> None:
     assert 'raise ValueError("no such column")' in rollout.error and rollout.error.endswith("ValueError: no such column\n")
 
 
+def test_intermediate_rewards_that_never_end_cost_one_rollout_and_not_the_run() -> None:
+    """They may score what a model has written, as long as that takes."""
+    over = threading.Event()
+
+    def endless(rollout: Rollout) -> tuple[float, ...]:
+        over.wait()
+        return ()
+
+    rollout = one(lambda *_: 1.0, intermediate=(endless,), settings=SHORT)
+    over.set()
+    assert (rollout.status, rollout.outcome) == ("timed_out", {})
+    assert rollout.error == "the intermediate rewards were still running after the time limit of 0.2 s"
+
+
 def test_agent_lightning_failed_and_timed_out_runs_trained_with_reward_0() -> None:
     async def agent(task: dict, base_url: str, api_key: str) -> float:
         if task["i"] == 1:
