@@ -249,11 +249,14 @@ def test_rule_4_log_ratios_are_float32_and_clamped():
 
 
 # Of recipes that hand a rollout's outcome to its calls alike. Others compare turns, which a discount, a merged step or "the last
-# call" sets apart also among equal outcomes; their own files have their degenerate cases.
+# call" sets apart also among equal outcomes; their own files have their degenerate cases. `unchanged` and `accepted` compare
+# nothing: rejection sampling imitates a right rollout also where all of its group are right.
 ALIKE = [
     name
     for name, recipe in RECIPES.items()
-    if not recipe.needs and recipe.advantage is not advantages.unchanged and describe(recipe.credit).startswith(("identical", "reward_to"))
+    if not recipe.needs
+    and recipe.advantage not in (advantages.unchanged, advantages.accepted)
+    and describe(recipe.credit).startswith(("identical", "reward_to"))
 ]
 
 
