@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lightningrl.losses import count_units
 from lightningrl.model.params import Params
@@ -53,27 +54,36 @@ def score(
     return scored, scores
 
 
-def edge_batch(
+def edge_batches(
     recipe: Recipe,
     table: TransitionTable,
-    edges: TokenTable,
-    scores: Scores,
+    edges: Sequence[TokenTable],
+    scores: Sequence[Scores],
     advantage: Array,
     value_target: Array,
     evidence: Evidence,
-) -> EdgeBatch:
-    """What the loss needs of each edge. Padded to few shapes before it is compiled, cut back after."""
-    count = edges.mask.shape[0]
-    padding = -count % EDGE_BATCH_MULTIPLE
-    padded, padded_scores = jax.tree.map(lambda x: jnp.pad(jnp.asarray(x), ((0, padding), (0, 0))), (edges, scores))
-    spread, target, counts = _on_edges(recipe, table, padded, padded_scores, advantage, value_target, evidence)
-    return EdgeBatch(
-        tokens=edges,
-        counts=jax.tree.map(lambda x: x[:count], counts),
-        advantage=spread[:count],
-        old_value=scores.value,
-        value_target=target[:count],
-    )
+) -> list[EdgeBatch]:
+    """What the loss needs of each edge, for the updates of one policy: together, since a spread may take statistics of all edges.
+
+    Args:
+      edges: of every update [micro-batches, E], where E differs by powers of 2. `scores`: of the same.
+    """
+    width = min(x.mask.shape[-1] for x in edges)
+    sizes = [x.mask.size // width for x in edges]
+    padding = -sum(sizes) % EDGE_BATCH_MULTIPLE  # few shapes are compiled
+
+    def together(*parts: Array) -> jax.Array:
+        return jnp.pad(jnp.concatenate([jnp.reshape(x, (-1, width)) for x in parts]), ((0, padding), (0, 0)))
+
+    whole, whole_scores = jax.tree.map(together, *edges), jax.tree.map(together, *scores)
+    made = _on_edges(recipe, table, whole, whole_scores, advantage, value_target, evidence)
+    ends = np.cumsum(sizes)
+    batches = []
+    for tokens, score, end, size in zip(edges, scores, ends, sizes, strict=True):
+        mine = jax.tree.map(lambda x: x[end - size : end].reshape(tokens.mask.shape), made)  # noqa: B023
+        spread, target, counts = mine
+        batches.append(EdgeBatch(tokens=tokens, counts=counts, advantage=spread, old_value=score.value, value_target=target))
+    return batches
 
 
 @functools.partial(jax.jit, static_argnums=0)

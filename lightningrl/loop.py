@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightningrl.ahead import SamplingJobs
-from lightningrl.batches import edge_batch
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_staleness, describe_time
 from lightningrl.errors import UserError
@@ -27,7 +26,7 @@ from lightningrl.gateway import SamplingOverrides
 from lightningrl.metrics import MetricsLog, NoLog
 from lightningrl.model.params import Params
 from lightningrl.packing.rows import RowSettings
-from lightningrl.policies import EVERY_ROLE, Policies, as_tree, pack_policies, score_policies, update_policies, weights
+from lightningrl.policies import EVERY_ROLE, Policies, as_tree, edges_of_policies, pack_policies, score_policies, update_policies, weights
 from lightningrl.recipe import Recipe
 from lightningrl.serving import AnyRunner, AnySampler
 from lightningrl.sharding import batch_multiple
@@ -209,9 +208,7 @@ def learn(
         values = [turn_values(table, b.edges, s.value) for b, s in zip(batches, scores, strict=True)]
         evidence = dataclasses.replace(evidence, value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
         advantage, value_target = assign(run.step.recipe, table, evidence)
-        edges = [
-            edge_batch(run.step.recipe, table, b.edges, s, advantage, value_target, evidence) for b, s in zip(batches, scores, strict=True)
-        ]
+        edges = edges_of_policies(run.step.recipe, table, whose, batches, scores, advantage, value_target, evidence)
     with clock("train"):
         policies, metrics = update_policies(run.step, policies, whose, batches, edges)
         metrics = jax.device_get(metrics)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lightningrl.batches import pack_updates, score
+from lightningrl.batches import edge_batches, pack_updates, score
 from lightningrl.distributed import is_first
 from lightningrl.errors import UserError
 from lightningrl.evidence.scorer import table_calls
@@ -28,7 +28,7 @@ from lightningrl.packing.rows import PackedBatch, RowSettings
 from lightningrl.policy import Policy, load_policy, save_policy
 from lightningrl.recipe import Recipe
 from lightningrl.sharding import HOST, gathered, params_sharding
-from lightningrl.table import TransitionTable
+from lightningrl.table import Array, Evidence, TransitionTable
 from lightningrl.train import EdgeBatch, Scores, TrainState, TrainStep
 from lightningrl.types import Rollout
 
@@ -92,6 +92,25 @@ def score_policies(
         done = score(step, step.weights(state), reference, mine)
         scored, scores = scored + done[0], scores + done[1]
     return scored, scores
+
+
+def edges_of_policies(
+    recipe: Recipe,
+    table: TransitionTable,
+    whose: Sequence[str],
+    batches: Sequence[PackedBatch],
+    scores: Sequence[Scores],
+    advantage: Array,
+    value_target: Array,
+    evidence: Evidence,
+) -> list[EdgeBatch]:
+    """What the losses of all batches need of each edge: `batches.edge_batches` of every policy's updates."""
+    edges: list[EdgeBatch] = []
+    for role in dict.fromkeys(whose):
+        mine = [i for i, other in enumerate(whose) if other == role]
+        parts = [batches[i].edges for i in mine], [scores[i] for i in mine]
+        edges += edge_batches(recipe, table, *parts, advantage, value_target, evidence)
+    return edges
 
 
 def update_policies(

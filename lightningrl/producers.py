@@ -30,7 +30,7 @@ from lightningrl.evidence.role_baseline import role_baselines
 from lightningrl.evidence.scorer import response_logps
 from lightningrl.packing.rows import RowSettings
 from lightningrl.policy import Policy
-from lightningrl.recipe import Recipe
+from lightningrl.recipe import Recipe, settings_of
 from lightningrl.runtime.agents import load_function
 from lightningrl.sharding import batch_multiple
 from lightningrl.train import TrainStep
@@ -91,8 +91,7 @@ def make_producers(sources: Sources) -> tuple[Producer, ...]:
 
 def turn_discount(recipe: Recipe) -> float:
     """γ of the recipe's credit, 1 where it has none."""
-    settings = recipe.credit.keywords if isinstance(recipe.credit, functools.partial) else {}
-    return float(settings.get("gamma", 1.0))
+    return float(settings_of(recipe.credit)[1].get("gamma", 1.0))
 
 
 def _nothing(policy: Any) -> dict[str, float]:
@@ -148,12 +147,15 @@ def _answers(s: Sources) -> Producer:
 
 def _process_rewards(s: Sources) -> Producer:
     step = process_reward_step(s.policy.config, s.step.optimizer, s.step.mesh)
+    beta = settings_of(s.recipe.spread)[1].get("beta")  # rewards must have the scale that the model's outcomes were learned at
     learn = functools.partial(
         process_rewards,
         step=step,
         rows=s.rows,
-        reference=s.policy.params,
+        reference=None if s.settings.get("reference") == "policy" else s.policy.params,
         objective=OBJECTIVES[s.settings.get("objective", "outcome_cross_entropy")],
+        update_first=s.settings.get("rewards", "after_update") == "after_update",
+        **({} if beta is None else {"beta": beta}),
         row_multiple=batch_multiple(s.step.mesh),
         multiple=s.multiple,
     )

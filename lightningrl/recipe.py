@@ -67,6 +67,14 @@ class Recipe:
         for need in self.needs:
             if need not in fields:
                 raise ValueError(f"Recipe {self.name!r} needs {need!r}, which is no field of Evidence: {', '.join(fields)}.")
+        loss, settings = settings_of(self.loss)
+        if loss is losses.corrected:
+            correction, of_correction = settings_of(settings["correction"])
+            if correction is losses.batch_normalised and of_correction["mean"] is None:
+                raise ValueError(
+                    f"Recipe {self.name!r} would normalise its weights over a micro-batch, since a loss never sees the whole batch: "
+                    "give batch_normalised a mean, or use the correction without it."
+                )
         if (self.kl is None) != (self.kl_coef == 0.0):
             raise ValueError(f"Recipe {self.name!r} must set both kl and kl_coef, or neither.")
         if self.value_target is not None and self.token_value_target is not None:
@@ -85,7 +93,7 @@ class Recipe:
         return "calls" if self.token_value_target is None else "tokens"
 
 
-_OF_SEQUENCES = (losses.gspo, losses.luspo, losses.gmpo, losses.vespo)
+_OF_SEQUENCES = (losses.gspo, losses.gspo_token, losses.luspo, losses.gmpo, losses.vespo)
 
 
 def with_correction(recipe: Recipe) -> Recipe:
@@ -94,16 +102,22 @@ def with_correction(recipe: Recipe) -> Recipe:
     Weights are per token, or per sequence where the loss is of sequences. A recipe that has a correction, or the behaviour policy in
     its loss, stays as it is.
     """
-    settings: dict[str, Any] = {}
-    function: Callable = recipe.loss
-    while isinstance(function, functools.partial):
-        settings, function = function.keywords | settings, function.func
-    anchor = inspect.signature(function).parameters.get("anchor")
-    by_default = None if anchor is None else anchor.default
-    if function in (losses.corrected, losses.decoupled_ppo) or settings.get("anchor", by_default) == "behaviour":
+    function, settings = settings_of(recipe.loss)
+    if function is losses.opsm:  # its anchor is that of a test; the ratio is its inner loss's
+        function, settings = settings_of(settings["loss"])
+    if function in (losses.corrected, losses.decoupled_ppo) or settings.get("anchor") == "behaviour":
         return recipe
     correction = losses.sequence_truncation if function in _OF_SEQUENCES else losses.token_truncation
     return dataclasses.replace(recipe, loss=functools.partial(losses.corrected, loss=recipe.loss, correction=correction))
+
+
+def settings_of(stage: Callable) -> tuple[Callable, dict[str, Any]]:
+    """The function that a stage is, and its settings: those that `functools.partial` fixed, and else its defaults."""
+    settings: dict[str, Any] = {}
+    while isinstance(stage, functools.partial):
+        settings, stage = stage.keywords | settings, stage.func
+    parameters = inspect.signature(stage).parameters.values()
+    return stage, {p.name: p.default for p in parameters if p.default is not p.empty} | settings
 
 
 def describe(function: Callable) -> str:

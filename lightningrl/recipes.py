@@ -216,7 +216,7 @@ _MODELS = (
         "as prime, with a reward for each call",
         spread=advantages.istar,
         needs=("prm_logp", "prm_ref_logp"),
-        evidence_settings=(("objective", "trajectory_dpo"),),
+        evidence_settings=(("objective", "trajectory_dpo"), ("reference", "policy"), ("rewards", "before_update")),
     ),
     _like(
         _LIGHTNINGRL,

@@ -152,6 +152,27 @@ def test_a_recipe_gets_a_rollout_correction_once_and_of_its_losss_scope() -> Non
     assert with_correction(decoupled) is decoupled
 
 
+def test_a_correction_is_for_the_ratio_of_a_losss_inner_loss() -> None:
+    def made(loss):
+        return with_correction(dataclasses.replace(RECIPES["grpo"], loss=loss))
+
+    # opsm drops by the behaviour policy, and then its inner loss has a ratio to the old one.
+    masked = functools.partial(losses.opsm, threshold=0.1)
+    assert made(masked).loss.keywords["correction"] is losses.token_truncation
+    assert made(functools.partial(masked, loss=losses.gspo)).loss.keywords["correction"] is losses.sequence_truncation
+    anchored = functools.partial(masked, loss=functools.partial(losses.vespo, anchor="behaviour"))
+    assert made(anchored).loss is anchored
+    assert made(losses.gspo_token).loss.keywords["correction"] is losses.sequence_truncation
+
+
+def test_a_recipe_with_weights_normalised_over_a_micro_batch_is_refused() -> None:
+    correction = functools.partial(losses.batch_normalised, correction=losses.token_masking)
+    loss = functools.partial(losses.corrected, loss=losses.ppo_clip)
+    with pytest.raises(ValueError, match="normalise its weights over a micro-batch"):
+        dataclasses.replace(RECIPES["grpo"], loss=functools.partial(loss, correction=correction))
+    dataclasses.replace(RECIPES["grpo"], loss=functools.partial(loss, correction=functools.partial(correction, mean=np.float32(1.0))))
+
+
 @pytest.mark.slow
 def test_a_correction_hands_on_what_a_recipe_selects() -> None:
     table = batch()

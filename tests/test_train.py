@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from lightningrl import losses
-from lightningrl.batches import edge_batch
+from lightningrl.batches import edge_batches, pack_updates
 from lightningrl.evidence.critic import turn_values
 from lightningrl.loop import assign
 from lightningrl.model import decoder
@@ -27,7 +27,7 @@ from lightningrl.recipes import get_recipe
 from lightningrl.sharding import batch_multiple, make_mesh
 from lightningrl.table import Evidence
 from lightningrl.tabulate import table_from_rollouts
-from lightningrl.train import EdgeBatch, OptimizerSettings, TrainState, TrainStep, make_optimizer
+from lightningrl.train import EdgeBatch, OptimizerSettings, Scores, TrainState, TrainStep, make_optimizer
 from lightningrl.types import Transition
 from lightningrl.warm_start import ImitationSettings, imitate
 from tests.conversations import rollouts
@@ -67,12 +67,33 @@ def edges_of(packed: PackedBatch, table: Any, step: TrainStep, params: Any) -> E
     edges = dataclasses.replace(packed.edges, old_logp=scores.logp, ref_logp=packed.edges.behaviour_logp)
     evidence = Evidence(value=turn_values(table, edges, scores.value))
     advantage, value_target = assign(step.recipe, table, evidence)
-    return edge_batch(step.recipe, table, edges, scores, advantage, value_target, evidence)
+    return edge_batches(step.recipe, table, [edges], [scores], advantage, value_target, evidence)[0]
 
 
 def updated(step: TrainStep, params: Any, settings: RowSettings, multiple: int = 1) -> tuple[TrainState, dict[str, Any]]:
     packed, table = packed_in(settings, multiple=multiple)
     return step.update(step.init(params), packed.rows, edges_of(packed, table, step, params))
+
+
+def test_a_spread_takes_its_statistics_from_all_updates_of_an_iteration() -> None:
+    """REINFORCE++ whitens over the whole batch: alone, a group of equal rewards would be all zeros."""
+    recipe = get_recipe("reinforce_pp")
+    made = [dataclasses.replace(r, outcome={"reward": float(r.group == "g1")}) for r in rollouts()]
+    table = table_from_rollouts(made, size=32)
+    advantage, target = assign(recipe, table, Evidence())
+    for_edges = {}
+    for updates in (1, 2):
+        parts = [b.edges for b in pack_updates(made, table, updates, SMALL, 1)]
+        scores = [Scores(*(jnp.zeros(p.mask.shape) for _ in range(4))) for p in parts]
+        batches = edge_batches(recipe, table, parts, scores, advantage, target, Evidence())
+        assert len(batches) == updates and [b.advantage.shape for b in batches] == [p.mask.shape for p in parts]
+        for_edges[updates] = {
+            (int(b.tokens.transition[at]), int(b.tokens.k[at])): float(b.advantage[at])
+            for b in batches
+            for at in zip(*np.nonzero(np.asarray(b.tokens.mask)), strict=True)
+        }
+    assert for_edges[1] == pytest.approx(for_edges[2], rel=1e-6)  # float32 sums in another order
+    assert {x > 0 for x in for_edges[1].values()} == {True, False}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lightningrl.batches import edge_batch, pack_updates, score
+from lightningrl.batches import edge_batches, pack_updates, score
 from lightningrl.checkpoint import Checkpoints
 from lightningrl.distributed import joined
 from lightningrl.loop import assign, checkpoint_tree
@@ -80,7 +80,7 @@ def five_updates(step: TrainStep) -> tuple[TrainState, list[dict[str, Any]]]:
         packed = pack_updates(rollouts, table, 3, ROWS, multiple)[i % 3 : i % 3 + 1]
         (batch,), (scores,) = score(step, state.params, None, packed)
         advantage, target = assign(step.recipe, table, Evidence())
-        edges = edge_batch(step.recipe, table, batch.edges, scores, advantage, target, Evidence())
+        (edges,) = edge_batches(step.recipe, table, [batch.edges], [scores], advantage, target, Evidence())
         state, metrics = step.update(state, batch.rows, edges)
         named = {name: np.asarray(value) for name, value in metrics.items()}
         gradient = gathered(state.opt_state[0], HOST)

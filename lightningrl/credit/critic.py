@@ -21,9 +21,12 @@ def gae(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lamb
     the last token of its prompt), and V is 0 after the last call. λ = 1 gives the return minus the value, λ = 0 the
     one-step error. The defaults are the paper's.
 
+    A call that is not trained is no decision of the policy's, and the critic doesn't say what it is worth: it is carried across.
+    There V is what the rollout comes to from it, r′ₜ + γ Vₜ₊₁ with the value of the next trained call, δ is 0 and λ 1.
+
     Args:
       table: N transitions.
-      evidence: needs `value`, f32[N].
+      evidence: needs `value`, f32[N]; not read at calls that are not trained.
       gamma: γ in [0, 1], per turn.
       lambda_: λ in [0, 1], per turn.
 
@@ -33,21 +36,26 @@ def gae(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lamb
     Raises:
       ValueError: there is no `evidence.value`.
     """
-    value = _values(table, evidence)
+    value, rewards, trained = _values(table, evidence, gamma), turn_rewards(table), jnp.asarray(table.trainable)
     following = next_in_segment(value, table.rollout, table.valid)
-    errors = turn_rewards(table) + gamma * following - value
-    advantages = reverse_affine_scan(jnp.full_like(errors, gamma * lambda_), errors, table.rollout, table.valid)
+    errors = jnp.where(trained, rewards + gamma * following - value, 0.0)
+    factors = jnp.where(trained, jnp.float32(gamma * lambda_), jnp.float32(gamma))
+    advantages = reverse_affine_scan(factors, errors, table.rollout, table.valid)
     return Credit(value=jnp.where(table.valid, advantages, 0.0), kind="advantage")
 
 
 def gae_value_target(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lambda_: float = 0.9) -> Array:
     """The λ-return that goes with `gae`, for the critic to learn: Aₜ + Vₜ, taken before any scaling. f32[N]; 0 at padding."""
-    return gae(table, evidence, gamma=gamma, lambda_=lambda_).value + _values(table, evidence)
+    return gae(table, evidence, gamma=gamma, lambda_=lambda_).value + _values(table, evidence, gamma)
 
 
-def _values(table: TransitionTable, evidence: Evidence) -> jax.Array:
+def _values(table: TransitionTable, evidence: Evidence, gamma: float) -> jax.Array:
+    """V before every call, without gradient; at one that is not trained what the rollout comes to from it."""
     if evidence.value is None:
         raise ValueError("gae needs evidence.value, a critic's value of the state before every call, but there is none.")
     chex.assert_shape(evidence.value, table.rollout.shape)
     chex.assert_type(evidence.value, float)
-    return jax.lax.stop_gradient(jnp.where(table.valid, evidence.value, 0.0))
+    said = table.valid & table.trainable
+    known = jnp.where(said, evidence.value, turn_rewards(table)).astype(jnp.float32)
+    factors = jnp.where(said, 0.0, jnp.float32(gamma))
+    return jax.lax.stop_gradient(jnp.where(table.valid, reverse_affine_scan(factors, known, table.rollout, table.valid), 0.0))

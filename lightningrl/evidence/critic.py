@@ -16,7 +16,7 @@ def turn_values(table: TransitionTable, tokens: TokenTable, edge_values: Array) 
       tokens: all edges, of any shape; edge_values: float32 of that shape, the critic's value at each edge's node.
 
     Returns:
-      float32 [N]; 0 for a transition without edges (one that is not trained) and at padding.
+      float32 [N]; 0 at padding, and for a transition without edges, one that is not trained: `credit.gae` doesn't read it there.
     """
     first = jnp.ravel(tokens.mask) & (jnp.ravel(tokens.k) == 0)
     values = jnp.where(first, jnp.ravel(edge_values), 0.0)

@@ -82,7 +82,7 @@ def return_model(
     steps: int = 16,
     learning_rate: float = 3e-3,
     auxiliary: float = 0.5,
-    coalition_calls: int = 6,
+    coalition_calls: int | None = None,
     prompt_tokens: int = 128,
     multiple: int = 1,
 ) -> tuple[Evidence, State]:
@@ -119,7 +119,7 @@ def return_model(
       steps: ≥ 1 updates a batch.
       learning_rate: of Adam.
       auxiliary: a ≥ 0.
-      coalition_calls: M in 1 … 10; calls from M on are in no coalition.
+      coalition_calls: M in 1 … 10; calls from M on are in no coalition. None: 6, 8 or 10, the least that holds every rollout.
       prompt_tokens: of `return_features.call_features`, ≥ 1.
       multiple: N is the least multiple of it that holds the transitions.
 
@@ -129,7 +129,8 @@ def return_model(
       Without rollouts zeros, and the state as it was.
 
     Raises:
-      ValueError: an unknown field, kind or time to predict, no steps, no tokens to read, or M out of range.
+      ValueError: an unknown field, kind or time to predict, no steps, no tokens to read, M out of range, or without M a rollout
+        of more than ten calls where coalitions are asked for.
     """
     _check(fields, kind, predict, steps, coalition_calls, prompt_tokens)
     used = trained_rollouts(rollouts)
@@ -140,7 +141,8 @@ def return_model(
     if used:
         state = fit_returns(aux, calls, key, **settings, steps=steps, learning_rate=learning_rate, auxiliary=auxiliary)
     predicting = (aux if predict == "before" else state)["params"]
-    predicted = jax.device_get(predict_returns(predicting, calls, **settings, coalition_calls=coalition_calls))
+    of_all = coalition_calls or (_coalition_calls(used) if "coalition" in fields else 1)
+    predicted = jax.device_get(predict_returns(predicting, calls, **settings, coalition_calls=of_all))
     size = table_size(int(calls.exists.sum()), multiple)
     exists = np.asarray(calls.exists)
     return Evidence(**{name: x if name == "coalition" else _in_table(x, exists, size) for name, x in predicted.items()}), state
@@ -281,6 +283,14 @@ def _optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
 
 
+def _coalition_calls(rollouts: Sequence[Rollout]) -> int:
+    """M for these rollouts: few different ones, since each is a shape that programs are compiled for."""
+    longest = max((len(rollout.transitions) for rollout in rollouts), default=0)
+    if longest > MAX_CALLS:
+        raise ValueError(f"a rollout has {longest} calls, but coalitions are of {MAX_CALLS} at most: use a recipe such as rudder.")
+    return next(m for m in (6, 8, MAX_CALLS) if longest <= m)
+
+
 def _in_table(values: np.ndarray, exists: np.ndarray, size: int) -> np.ndarray:
     """[R, T] in the table's order, float32 [N]."""
     result = np.zeros(size, np.float32)
@@ -288,14 +298,14 @@ def _in_table(values: np.ndarray, exists: np.ndarray, size: int) -> np.ndarray:
     return result
 
 
-def _check(fields: Sequence[str], kind: str, predict: str, steps: int, coalition_calls: int, prompt_tokens: int) -> None:
+def _check(fields: Sequence[str], kind: str, predict: str, steps: int, coalition_calls: int | None, prompt_tokens: int) -> None:
     for what, given, known in (("field", fields, Field), ("kind", [kind], Kind), ("predict", [predict], When)):
         for name in given:
             if name not in get_args(known):
                 raise ValueError(f"return_model has no {what} {name!r}: choose of {', '.join(get_args(known))}.")
     if steps < 1:
         raise ValueError(f"return_model learns in {steps} steps a batch: it needs at least one.")
-    if not 1 <= coalition_calls <= MAX_CALLS:
+    if coalition_calls is not None and not 1 <= coalition_calls <= MAX_CALLS:
         raise ValueError(f"return_model makes coalitions of {coalition_calls} calls: choose 1 to {MAX_CALLS}.")
     if prompt_tokens < 1:
         raise ValueError(f"return_model reads {prompt_tokens} tokens of a prompt: it needs at least one.")

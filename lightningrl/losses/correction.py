@@ -156,7 +156,7 @@ def batch_normalised(
       correction: whose weights they are.
       aggregation: whose mean: `token_mean`, or `sequence_mean` for weights of sequences.
       mean: f32[], the mean over the whole batch, from `aggregation` over all micro-batches (sums and denominators add up); None:
-        `inputs` are the whole batch.
+        `inputs` are the whole batch, which they are not in a train step: a recipe with it is refused.
     """
     weight, keep = correction(inputs)
     of_batch = safe_divide(*aggregation(weight, inputs.tokens.mask, inputs.counts)) if mean is None else mean

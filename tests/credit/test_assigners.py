@@ -38,16 +38,27 @@ def reward_to_go_loop(rollout, values):
     return [sum(GAMMA ** (s - t) * rewards[s] for s in range(t, len(rewards))) for t in range(len(rewards))]
 
 
-def gae_loop(rollout, values):
+def gae_and_values_loop(rollout, values):
+    """Backwards over the calls; one that is not trained is worth what comes, and neither discounts an error nor makes one."""
     rewards = [t.reward for t in rollout.transitions]
     rewards[-1] += rollout.reward
-    following = [*values[1:], 0.0]
-    errors = [r + GAMMA * after - before for r, before, after in zip(rewards, values, following, strict=True)]
-    return [sum((GAMMA * LAMBDA) ** (s - t) * errors[s] for s in range(t, len(errors))) for t in range(len(errors))]
+    value, advantage, made = 0.0, 0.0, []
+    for transition, reward, said in reversed(list(zip(rollout.transitions, rewards, values, strict=True))):
+        comes = reward + GAMMA * value
+        if transition.trainable:
+            advantage, value = comes - said + GAMMA * LAMBDA * advantage, said
+        else:
+            advantage, value = GAMMA * advantage, comes
+        made.append((advantage, value))
+    return made[::-1]
+
+
+def gae_loop(rollout, values):
+    return [advantage for advantage, _ in gae_and_values_loop(rollout, values)]
 
 
 def gae_value_target_loop(rollout, values):
-    return [a + v for a, v in zip(gae_loop(rollout, values), values, strict=True)]
+    return [advantage + value for advantage, value in gae_and_values_loop(rollout, values)]
 
 
 def value_of(assigner):
@@ -182,8 +193,9 @@ def test_undiscounted_reward_to_go_of_the_first_call_is_the_whole_return(rollout
 @settings(max_examples=20, deadline=None)
 @given(rollouts=batches(integers=True))
 def test_gae_telescopes(rollouts):
-    """γ = λ = 1: the return minus the value; λ = 0: the one-step error. Exact on small integers."""
+    """γ = λ = 1: the return minus the value; λ = 0: the one-step error. Exact on small integers, where every call is trained."""
     table = make_table(*rollouts, size=SIZE)
+    table = dataclasses.replace(table, trainable=table.valid)
     evidence = Evidence(value=np.where(table.valid, table.turn * 2 - 3, 0).astype(np.float32))
     to_go = UNDISCOUNTED(table, evidence).value
     assert GAE_OF_ONES(table, evidence).value.tolist() == (to_go - evidence.value).tolist()
@@ -191,6 +203,26 @@ def test_gae_telescopes(rollouts):
     assert target.tolist() == to_go.tolist()
     zero = Evidence(value=np.zeros(SIZE, np.float32))
     assert ONE_STEP(table, zero).value.tolist() == TURN_REWARDS(table).tolist()
+
+
+def test_gae_carries_across_calls_that_are_not_trained():
+    """A checker between two trained calls is no state that anybody valued: V there is 1 + γ·4 = 3, and λ is not taken for it."""
+    table = make_table(make_rollout("a", 8.0, [0.0, 1.0, 0.0], trainable=[True, False, True]))
+    for unread in (0.0, 99.0):
+        evidence = Evidence(value=np.array([1, unread, 4], np.float32))
+        made = credit.gae(table, evidence, gamma=0.5, lambda_=0.5).value
+        assert made.tolist() == [1.0, 2.0, 4.0]  # δ₀ = 0 + ½·3 - 1, and A₀ = ½ + ½·½·(½·4)
+        assert credit.gae_value_target(table, evidence, gamma=0.5, lambda_=0.5).tolist() == [2.0, 5.0, 8.0]
+    right = Evidence(value=np.array([1, 0, 1], np.float32))
+    sparse = make_table(make_rollout("a", 1.0, [0.0, 0.0, 0.0], trainable=[True, False, True]))
+    for lambda_ in (0.0, 0.9, 1.0):
+        assert credit.gae(sparse, right, gamma=1.0, lambda_=lambda_).value.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_gae_of_a_rollout_that_ends_with_a_call_that_is_not_trained():
+    table = make_table(make_rollout("a", 8.0, [0.0, 1.0], trainable=[True, False]))
+    made = credit.gae(table, Evidence(value=np.array([2, 77], np.float32)), gamma=0.5, lambda_=0.5)
+    assert made.value.tolist() == [0.5 * 9 - 2, 0.0]
 
 
 def test_gae_stops_the_gradient_and_asks_for_its_evidence():

@@ -16,6 +16,7 @@ import pytest
 from lightningrl.advantages.process_rewards import prime
 from lightningrl.batches import pack_updates
 from lightningrl.checkpoint import Checkpoints
+from lightningrl.config import FitConfig
 from lightningrl.evidence.process_rewards import (
     Objective,
     implicit_scores,
@@ -27,11 +28,14 @@ from lightningrl.evidence.process_rewards import (
 )
 from lightningrl.evidence.scorer import edge_logps, response_logps, table_calls
 from lightningrl.packing.rows import RowSettings, pack
+from lightningrl.producers import Sources, make_producers
+from lightningrl.recipes import RECIPES
 from lightningrl.sharding import make_mesh
 from lightningrl.table import Evidence
 from lightningrl.tabulate import table_from_rollouts
 from lightningrl.train import TrainStep, score_edges
 from tests.evidence.test_scorer import CONFIG, recorded, weights
+from tests.tiny import tiny_policy
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +57,8 @@ def learner() -> TrainStep:
 
 def produced(aux: dict[str, Any], rollouts: Any = None, **settings: Any) -> tuple[Evidence, dict[str, Any]]:
     given = RECORDED if rollouts is None else rollouts
-    return process_rewards(weights(), aux, given, KEY, step=learner(), rows=ROWS, beta=BETA, **{"reference": weights(1), **settings})
+    ways = {"reference": weights(1), "beta": BETA, **settings}
+    return process_rewards(weights(), aux, given, KEY, step=learner(), rows=ROWS, **ways)
 
 
 def start() -> dict[str, Any]:
@@ -242,3 +247,19 @@ def test_advantages_take_it_by_transition_and_k() -> None:
         advantage = np.asarray(spread(table, batch.edges, np.zeros(CALLS, np.float32), on_edges))
         assert np.all(np.isfinite(advantage)) and np.any(advantage != 0)
     np.testing.assert_allclose(BETA * total, scores_of(made).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prime", "istar"])
+def test_each_recipe_learns_its_rewards_its_own_way(name: str) -> None:
+    """PRIME's reference is where training started, iStar's the policy that sampled, whose rewards are from before the update."""
+    spread = functools.partial(RECIPES[name].spread, beta=0.5)
+    recipe = dataclasses.replace(RECIPES[name], spread=spread)
+    start_of_run = dataclasses.replace(tiny_policy(), params=weights(1), config=CONFIG)
+    step = TrainStep(CONFIG, recipe, optax.sgd(RATE, momentum=0.9), make_mesh())
+    (producer,) = make_producers(Sources(recipe, FitConfig(), start_of_run, step, ROWS, 1))
+    made, _ = producer.produce(weights(), producer.start(weights()), RECORDED, KEY)
+    ways = {"prime": {"reference": weights(1)}, "istar": {"reference": None, "objective": trajectory_dpo, "update_first": False}}
+    expected, _ = produced(start(), beta=0.5, **ways[name])
+    np.testing.assert_array_equal(made.prm_logp, expected.prm_logp)
+    np.testing.assert_array_equal(made.prm_ref_logp, expected.prm_ref_logp)
+    assert np.array_equal(made.prm_logp, made.prm_ref_logp) == (name == "istar")  # which starts as a copy of the policy

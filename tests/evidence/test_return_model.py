@@ -357,6 +357,21 @@ def test_calls_without_tokens_are_calls():
     np.testing.assert_allclose([evidence.attention[:5].sum(), evidence.attention[5]], 1.0, rtol=1e-6)
 
 
+def test_coalitions_hold_every_call_of_the_longest_rollout():
+    rng = np.random.default_rng(0)
+
+    def coalitions(calls: int) -> Any:
+        rollouts = [played([1, 0] * (calls // 2), "long", rng), played([0, 1], "short", rng)]
+        made, _ = return_model(None, START, rollouts, KEY, fields=["coalition"], steps=1, prompt_tokens=16)
+        return np.asarray(made.coalition)
+
+    assert coalitions(4).shape[1] == 2**6
+    of_eight = coalitions(8)
+    assert of_eight.shape[1] == 2**8
+    with pytest.raises(ValueError, match="a rollout has 12 calls, but coalitions are of 10 at most"):
+        coalitions(12)
+
+
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
