@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 
 from lightningrl.advantages.units import Count, require_return, statistics_weights
@@ -42,6 +43,8 @@ def group_norm(
     Raises:
       ValueError: the credit is already an advantage, or a setting is unknown.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "group_norm")
     return group_normalize(
         credit.value,
@@ -73,6 +76,8 @@ def leave_one_out(
 
     Args, returns and raises as `group_norm`. Constant groups and groups of one rollout get exactly 0.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "leave_one_out")
     return group_normalize(
         credit.value,

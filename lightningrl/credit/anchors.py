@@ -53,6 +53,9 @@ def gigpo(
     Raises:
       ValueError: an unknown baseline or scale.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.weight, table.valid])
+    chex.assert_shape(table.anchor, (*table.rollout.shape, None))
+    chex.assert_type([table.anchor, table.weight, table.valid], [int, float, bool])
     _check_variant("gigpo", "baseline", baseline)
     every_call = table.valid.astype(jnp.float32)
     total = segment_sum(turn_rewards(table), table.rollout, table.rollout.shape[0], mask=table.valid)[table.rollout]
@@ -100,7 +103,9 @@ def hgpo(
     Raises:
       ValueError: an unknown levels.
     """
-    chex.assert_rank(table.anchor, 2)
+    chex.assert_equal_shape([table.rollout, table.valid])
+    chex.assert_shape(table.anchor, (*table.rollout.shape, None))
+    chex.assert_type([table.anchor, table.valid], [int, bool])
     _check_variant("hgpo", "levels", levels)
     size, depth = table.anchor.shape
     weights = table.valid.astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +31,9 @@ def salt(table: TransitionTable, evidence: Evidence, *, scale: Scale = "std", dd
     Returns:
       Credit of kind "advantage", f32[N]; 0 at padding. A constant group and a group of one rollout get exactly 0.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.weight, table.action, table.next_anchor, table.valid])
+    chex.assert_shape([table.outcome, table.anchor], (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.anchor, table.weight, table.valid], [float, int, float, bool])
     weights = jnp.where(table.valid, table.weight, 0.0)
     advantage = group_normalize(table.outcome[:, 0], table.group, weights, units=table.rollout, scale=scale, ddof=ddof, eps=eps)
     steps = joint_ids(table.valid, table.anchor[:, 0], table.action, table.next_anchor)
@@ -54,6 +58,9 @@ def state_values(table: TransitionTable, *, gamma: float = 0.95, sweeps: int = 6
     Returns:
       f32[N], the value of the state with anchor id n at n; 0 for ids that no state has.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.next_anchor, table.valid])
+    chex.assert_shape([table.outcome, table.anchor], (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.anchor, table.reward, table.valid], [float, int, float, bool])
     size = table.rollout.shape[0]
     last, states = last_in_segment(table.rollout, table.valid), table.anchor[:, 0]
     goes_on = jnp.logical_and(table.valid, ~last)
@@ -103,6 +110,9 @@ def rewardflow(
       Credit of kind "advantage", f32[N]; 0 at padding. A group of one rollout, a constant group, and a state that was seen once
       or left for equally good ones add exactly 0.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.weight, table.reward, table.next_anchor, table.valid])
+    chex.assert_shape([table.outcome, table.anchor], (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.anchor, table.weight, table.valid], [float, int, float, bool])
     weights, every_call = jnp.where(table.valid, table.weight, 0.0), table.valid.astype(jnp.float32)
     rewards, last = turn_rewards(table), last_in_segment(table.rollout, table.valid)
     total = segment_sum(rewards, table.rollout, rewards.shape[0], mask=table.valid)[table.rollout]

@@ -40,6 +40,9 @@ def judged(
     Raises:
       ValueError: there is no `evidence.judge`.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.weight, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.weight, table.valid], [float, float, bool])
     if evidence.judge is None:
         raise ValueError("judged needs evidence.judge, a score of every call, but there is none.")
     chex.assert_shape(evidence.judge, table.rollout.shape)

@@ -77,6 +77,8 @@ def hcapo(
     Raises:
       ValueError: one of the two log-probs is missing.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.weight, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
     log_ratio = _hindsight_log_ratio(table, evidence, "hcapo", per_token=per_token)
     ratio = jnp.exp(jnp.clip(log_ratio, jnp.log(ratio_low), jnp.log(ratio_high)))
     refined = ratio * reward_to_go(table, evidence, gamma=gamma).value
@@ -116,6 +118,9 @@ def igpo(
     Raises:
       ValueError: there is no `evidence.answer_logp`.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.valid], [float, bool])
     if evidence.answer_logp is None:
         raise ValueError("igpo needs evidence.answer_logp, the log-prob of the true answer around every call, but there is none.")
     chex.assert_shape(evidence.answer_logp, (*table.rollout.shape, 2))
@@ -132,6 +137,8 @@ def igpo(
 
 def _hindsight_log_ratio(table: TransitionTable, evidence: Evidence, name: str, *, per_token: bool) -> jax.Array:
     """log h/π of each response in float32, or its mean over the response; 0 at padding."""
+    chex.assert_equal_shape([table.rollout, table.num_tokens, table.valid])
+    chex.assert_type([table.num_tokens, table.valid], [int, bool])
     if evidence.hindsight_logp is None or evidence.response_logp is None:
         raise ValueError(
             f"{name} needs evidence.hindsight_logp and evidence.response_logp, log-probs of every response with and without the "

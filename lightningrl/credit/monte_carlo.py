@@ -67,6 +67,7 @@ def counterfactual(table: TransitionTable, evidence: Evidence, *, gamma: float =
 
 def _branches(table: TransitionTable, evidence: Evidence, name: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Values before and after, and where there are any."""
+    chex.assert_equal_shape([table.rollout, table.valid])
     if evidence.branch_value is None:
         raise ValueError(f"{name} needs evidence.branch_value, mean returns of rollouts started around every call, but there is none.")
     shape = (*table.rollout.shape, 2)

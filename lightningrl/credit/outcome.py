@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 
 from lightningrl.segments import last_in_segment, segment_sum
@@ -23,6 +24,9 @@ def identical(table: TransitionTable, evidence: Evidence, *, include_intermediat
     Returns:
       Credit of kind "return", f32[N]; 0 at padding.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.reward, table.outcome, table.valid], [float, float, bool])
     value = jnp.where(table.valid, table.outcome[:, 0], 0.0)
     if include_intermediate:
         total = segment_sum(table.reward, table.rollout, table.rollout.shape[0], mask=table.valid)
@@ -45,6 +49,9 @@ def intermediate(table: TransitionTable, evidence: Evidence) -> Credit:
     Returns:
       Credit of kind "return", f32[N]; 0 at padding.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.reward, table.outcome, table.valid], [float, float, bool])
     return Credit(value=jnp.where(table.valid, table.reward + table.outcome[:, 0], 0.0), kind="return")
 
 
@@ -63,6 +70,9 @@ def last_only(table: TransitionTable, evidence: Evidence) -> Credit:
     Returns:
       Credit of kind "return", f32[N]; 0 at padding and at calls before the last. In a rollout of one call it is `identical`.
     """
+    chex.assert_equal_shape([table.rollout, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.rollout, table.outcome, table.valid], [int, float, bool])
     last = last_in_segment(table.rollout, table.valid)
     return Credit(value=jnp.where(last, table.outcome[:, 0], 0.0), kind="return")
 
@@ -81,5 +91,8 @@ def uniform_split(table: TransitionTable, evidence: Evidence) -> Credit:
     Returns:
       Credit of kind "return", f32[N]; 0 at padding. In a rollout of one call it is `identical`.
     """
+    chex.assert_equal_shape([table.rollout, table.weight, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.weight, table.outcome, table.valid], [float, float, bool])
     outcome, weight = (jnp.where(table.valid, x, 0.0) for x in (table.outcome[:, 0], table.weight))
     return Credit(value=outcome * weight, kind="return")

@@ -29,6 +29,9 @@ def rudder(table: TransitionTable, evidence: Evidence) -> Credit:
     Raises:
       ValueError: there is no `evidence.predicted_return`.
     """
+    chex.assert_equal_shape([table.rollout, table.weight, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.weight, table.valid], [float, float, bool])
     change = _predicted_change(table, evidence, "rudder")
     return Credit(value=_close(table, change), kind="return")
 
@@ -54,6 +57,8 @@ def spa(table: TransitionTable, evidence: Evidence, *, progress_weight: float = 
     Raises:
       ValueError: there is no `evidence.predicted_return`.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_type([table.reward, table.valid], [float, bool])
     change = _predicted_change(table, evidence, "spa")
     value = progress_weight * change + reward_weight * jnp.where(table.valid, table.reward, 0.0)
     return Credit(value=value, kind="return")
@@ -78,6 +83,9 @@ def attention_based(table: TransitionTable, evidence: Evidence, *, beta: float =
     Raises:
       ValueError: there is no `evidence.attention`.
     """
+    chex.assert_equal_shape([table.rollout, table.weight, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.weight, table.valid], [float, float, bool])
     if evidence.attention is None:
         raise ValueError("attention_based needs evidence.attention, a return model's attention to every call, but there is none.")
     chex.assert_shape(evidence.attention, table.rollout.shape)

@@ -18,6 +18,9 @@ def turn_rewards(table: TransitionTable) -> jax.Array:
 
     f32[N]; 0 at padding. The last turn is found by rollout ids, never by where rewards are.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.rollout, table.reward, table.outcome, table.valid], [int, float, float, bool])
     last = last_in_segment(table.rollout, table.valid)
     return jnp.where(table.valid, table.reward, 0.0) + jnp.where(last, table.outcome[:, 0], 0.0)
 
@@ -38,6 +41,8 @@ def reward_to_go(table: TransitionTable, evidence: Evidence, *, gamma: float = 1
     Returns:
       Credit of kind "return", f32[N]; 0 at padding.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
     rewards = turn_rewards(table)
     returns = reverse_affine_scan(jnp.full_like(rewards, gamma), rewards, table.rollout, table.valid)
     return Credit(value=jnp.where(table.valid, returns, 0.0), kind="return")
@@ -70,6 +75,8 @@ def potential_difference(
     Raises:
       ValueError: there is no `evidence.potential`.
     """
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
     if evidence.potential is None:
         raise ValueError("potential_difference needs evidence.potential, Φ of the state before and after every call, but there is none.")
     chex.assert_shape(evidence.potential, (*table.rollout.shape, 2))
@@ -111,6 +118,9 @@ def mt_grpo(
       Credit of kind "advantage", f32[N]; 0 at padding. Aᴼ is 0 in a constant group and in a group of one rollout, Aᵀ where
       all or the only calls of that turn earned the same.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.turn, table.reward, table.weight, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.reward, table.outcome, table.weight, table.valid], [float, float, float, bool])
     weights = jnp.where(table.valid, table.weight, 0.0)
     of_outcome = group_normalize(table.outcome[:, 0], table.group, weights, units=table.rollout, scale=scale, ddof=ddof, eps=eps)
     early = jnp.logical_and(table.valid, ~last_in_segment(table.rollout, table.valid))

@@ -34,6 +34,8 @@ def shapley(table: TransitionTable, evidence: Evidence) -> Credit:
     Raises:
       ValueError: there is no `evidence.coalition`, or its width is no power of two up to 2¹⁰.
     """
+    chex.assert_equal_shape([table.rollout, table.turn, table.valid])
+    chex.assert_type([table.rollout, table.turn, table.valid], [int, int, bool])
     value, calls, turns = _game(table, evidence, "shapley")
     subsets = np.arange(value.shape[1])
     result = jnp.zeros((value.shape[0], turns), jnp.float32)
@@ -73,6 +75,8 @@ def shapley_sampled(
     Raises:
       ValueError: neither or both of `key` and `marginals`; without marginals as `shapley`.
     """
+    chex.assert_equal_shape([table.rollout, table.turn, table.valid])
+    chex.assert_type([table.rollout, table.turn, table.valid], [int, int, bool])
     if (key is None) == (marginals is None):
         raise ValueError("shapley_sampled needs either a key to draw orders with or sampled marginals.")
     if key is None:
@@ -103,6 +107,8 @@ def leave_one_call_out(table: TransitionTable, evidence: Evidence) -> Credit:
 
     Args, returns and raises as `shapley`.
     """
+    chex.assert_equal_shape([table.rollout, table.turn, table.valid])
+    chex.assert_type([table.rollout, table.turn, table.valid], [int, int, bool])
     value, calls, turns = _game(table, evidence, "leave_one_call_out")
     everything = 2**calls - 1
     exists = jnp.arange(turns) < calls[:, None]

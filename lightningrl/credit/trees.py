@@ -7,6 +7,7 @@ no intermediate rewards. A statistic of a group counts every rollout once, also 
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +30,7 @@ def node_values(table: TransitionTable) -> tuple[jax.Array, jax.Array, jax.Array
     Returns:
       (V(n), V(parent of n), V(root)), f32[N] each; 0 at padding.
     """
+    _check_tree(table)
     tree, size = table.tree, table.rollout.shape[0]
     value = _mean(tree.path_outcome[:, 0], tree.path_node, size, jnp.asarray(tree.path_valid, jnp.float32))
     groups = jnp.asarray(table.group)[tree.path_node]
@@ -55,6 +57,7 @@ def spo_tree(table: TransitionTable, evidence: Evidence) -> Credit:
       Credit of kind "advantage", f32[N]; 0 at padding, in a group of one rollout or of equal outcomes, and, up to rounding,
       after a state with one way out.
     """
+    _check_tree(table)
     value, before, _ = node_values(table)
     return Credit(value=value - before, kind="advantage")
 
@@ -76,6 +79,7 @@ def treerl(table: TransitionTable, evidence: Evidence, *, reweight: bool = True)
     Returns:
       Credit of kind "advantage", f32[N]; 0 at padding and in a group of one rollout or of equal outcomes.
     """
+    _check_tree(table)
     value, before, root = node_values(table)
     advantage = (value - root) + (value - before)
     if reweight:
@@ -113,6 +117,7 @@ def tree_grpo(
       Credit of kind "advantage", f32[N]; 0 at padding. A constant tree adds exactly 0, a tree of one rollout adds 0 to the sum, and
       a group of one rollout gets 0.
     """
+    _check_tree(table)
     tree = table.tree
     trees = joint_ids(tree.path_valid, jnp.asarray(tree.tree)[tree.path_node])
     of_group = _relative_rollouts(table, scale=scale, ddof=ddof, eps=eps)
@@ -139,7 +144,16 @@ def treeadv(table: TransitionTable, evidence: Evidence, *, scale: Scale = "std",
       Credit of kind "advantage", f32[N]; 0 at padding, in a constant group and in a group of one rollout. Without a branch it is
       GRPO's advantage, the same for all calls of a rollout.
     """
+    _check_tree(table)
     return _mean_over_rollouts(table, _relative_rollouts(table, scale=scale, ddof=ddof, eps=eps))
+
+
+def _check_tree(table: TransitionTable) -> None:
+    tree = table.tree
+    chex.assert_equal_shape([table.rollout, table.group, table.valid, tree.tree, tree.parent])
+    chex.assert_equal_shape([tree.path_node, tree.path_rollout, tree.path_valid])
+    chex.assert_shape(tree.path_outcome, (*tree.path_node.shape, None))
+    chex.assert_type([table.valid, tree.path_valid, tree.path_outcome], [bool, bool, float])
 
 
 def _mean(values: Array, ids: Array, size: int, weights: Array) -> jax.Array:

@@ -91,8 +91,8 @@ def luspo(inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4
     and long ones when they are wrong. Arguments, results, errors: `gspo`. The formula was read in TRL's code, not in the paper, and
     so were no clip ranges: the defaults are GSPO's.
     """
+    chex.assert_equal_shape([inputs.logp, inputs.counts.sequence_tokens, inputs.tokens.mask])
     loss, keep, aux = gspo(inputs, clip_low=clip_low, clip_high=clip_high)
-    chex.assert_equal_shape([loss, inputs.counts.sequence_tokens])
     return jnp.where(keep, inputs.counts.sequence_tokens, 0.0) * loss, keep, aux
 
 

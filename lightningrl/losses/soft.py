@@ -128,10 +128,10 @@ def decoupled_ppo(
     Raises:
       ValueError: a setting outside the above.
     """
+    tokens = inputs.tokens
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, tokens.old_logp, tokens.behaviour_logp, tokens.mask])
     if max_weight is not None and max_weight <= 0:
         raise ValueError(f"max_weight is {max_weight}: it must be positive, or None to keep every token.")
-    tokens = inputs.tokens
-    chex.assert_equal_shape([tokens.old_logp, tokens.behaviour_logp, tokens.mask])
     loss, mask, aux = ppo_clip(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     weight = jax.lax.stop_gradient(jnp.exp(log_ratio(tokens.old_logp, tokens.behaviour_logp, mask)))
     keep = mask if max_weight is None else mask & (weight <= max_weight)

@@ -20,6 +20,8 @@ def value_states(tokens: TokenTable, states: States) -> jax.Array:
     Raises:
       ValueError: unknown states.
     """
+    chex.assert_equal_shape([tokens.k, tokens.mask])
+    chex.assert_type([tokens.k, tokens.mask], [int, bool])
     if states not in get_args(States):
         raise ValueError(f"The value loss has no states {states!r}: choose one of {', '.join(get_args(States))}.")
     return jnp.logical_and(tokens.mask, (tokens.k == 0) | (states == "tokens"))
@@ -45,10 +47,11 @@ def value_loss(inputs: LossInputs, *, clip: float | None = 0.2, states: States =
     Raises:
       ValueError: ε is not positive, or unknown states.
     """
+    chex.assert_equal_shape([inputs.value, inputs.old_value, inputs.value_target, inputs.tokens.k, inputs.tokens.mask])
+    chex.assert_type([inputs.value, inputs.old_value, inputs.value_target, inputs.tokens.mask], [float, float, float, bool])
     if clip is not None and clip <= 0:
         raise ValueError(f"The value loss's clip is {clip}: it must be positive, or None for no clipping.")
     keep = value_states(inputs.tokens, states)
-    chex.assert_equal_shape([inputs.value, inputs.old_value, inputs.value_target, keep])
     value = jnp.where(keep, inputs.value, 0.0)
     old = jax.lax.stop_gradient(jnp.where(keep, inputs.old_value, 0.0))
     target = jax.lax.stop_gradient(jnp.where(keep, inputs.value_target, 0.0))
