@@ -72,7 +72,9 @@ def leave_one_out(
 
       A = c - (Σ_{j∈g} wⱼcⱼ - Σ_{j∈i} wⱼcⱼ) / (Wg - Wi),   i the rollout;   with one call a rollout  (n cᵢ - Σ c) / (n - 1)
 
-    A rollout is left out whole, all its calls, so that the baseline does not depend on the action it is a baseline for.
+    A rollout is left out whole, all its calls, so that the baseline does not depend on the action it is a baseline for. With one
+    call a rollout it is compared with what verl and TRL compute; the paper's text was not checked, nor has it rollouts of several
+    calls as far as we know.
 
     Args, returns and raises as `group_norm`. Constant groups and groups of one rollout get exactly 0.
     """

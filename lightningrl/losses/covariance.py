@@ -84,7 +84,8 @@ def clip_cov(
 
       ℓ = max(-A ρ, -A clip(ρ, 1 - εl, 1 + εh)),   kept where not drawn by `clip_cov_selection`
 
-    The thresholds are of advantages as they come: an advantage divided by a token count hardly ever reaches them.
+    The thresholds are of advantages as they come: an advantage divided by a token count hardly ever reaches them. Read in and compared
+    with verl's code; the sections of the paper were not checked.
 
     Args:
       inputs: E edges.
@@ -139,7 +140,8 @@ def kl_cov(
 
       ρ = π(a)/π_old(a),   ℓ = -A ρ + c |log ρ| [selected]
 
-    At ρ = 1 the penalty has no gradient: it holds from the second step on a batch. The mean over tokens of |log ρ| is what verl has.
+    At ρ = 1 the penalty has no gradient: it holds from the second step on a batch. The mean over tokens of |log ρ| is what verl has. Read
+    in and compared with verl's code; the sections of the paper were not checked.
 
     Args:
       inputs: E edges; reads what `kl_cov_selection` does and `tokens.old_logp`.

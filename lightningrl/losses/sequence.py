@@ -103,6 +103,8 @@ def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float = 0.4) -
       dₖ′ = min(dₖ, εh) where A > 0,  max(dₖ, -εl) where A < 0,  0 where A = 0
       ℓ = -Ā exp(mean of dₖ′ over the sequence)
 
+    Read in and compared with verl's and TRL's code; the sections of the paper were not checked.
+
     Args:
       inputs: as for `gspo`.
       clip_low: εl ≥ 0, of the *log*-ratio.

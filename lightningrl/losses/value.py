@@ -17,6 +17,10 @@ States = Literal["calls", "tokens"]
 def value_states(tokens: TokenTable, states: States) -> jax.Array:
     """bool[E]: the edges before which stands a state that the critic values: those of the mask, with "calls" the first of each call.
 
+    Args:
+      tokens: E edges, of any shape; reads `k` and `mask`.
+      states: "calls" or "tokens".
+
     Raises:
       ValueError: unknown states.
     """
@@ -31,6 +35,9 @@ def value_loss(inputs: LossInputs, *, clip: float | None = 0.2, states: States =
     """Squared error of a critic, clipped around the value that the update started from (arXiv 2005.12729).
 
       ℓ = ½ max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²),   R the λ-return that goes with the advantage
+
+    The paper describes clipping among PPO's code-level optimizations; its section was not checked. The maximum and the ½ are compared
+    with verl's code.
 
     A turn critic has one state before each call, read at the node of its first token; a token critic one before each token. The
     units of this loss are these states: `keep` is also the mask to aggregate under, and with `token_mean` the result is the mean over them.
