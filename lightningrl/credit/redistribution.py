@@ -1,10 +1,10 @@
 """Credit that hands the outcome of a rollout out to its calls in unequal parts, as a return model says.
 
-Each hands on the call's own part as its return, and not the sum of this and all later parts. Where g is exact, the prediction of
-R from what is known after a call, later parts are 0 in expectation, for g(after t) is the mean of g(after t+1): the sum would have
-the same mean and more variance. So a part is by itself what the call changed, much like an advantage, and `reward_to_go` of
-the parts is not taken. A g that learns of a call's merit only from later calls hands that merit to them, where a sum would give some
-of it back.
+Each hands on the call's own part as its return, and not the sum of this and all later parts. Where parts are differences of an
+exact g, the prediction of R from what is known after a call, later parts are 0 in expectation, for g(after t) is the mean of
+g(after t+1): the sum would have the same mean and more variance. So a part is by itself what the call changed, much like an
+advantage, and no `reward_to_go` of the parts is taken. A g that learns of a call's merit only from later calls hands that merit
+to them, where a sum would give some of it back. Shares of attention are no such differences: see there.
 """
 
 from __future__ import annotations
