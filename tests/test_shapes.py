@@ -105,6 +105,7 @@ def read(function: Callable[..., Any], given: tuple[Any, ...], paths: list[tuple
     return []
 
 
+@pytest.mark.filterwarnings("ignore:shape requires ndarray")  # of the None in an array's place
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_wrong_shape_is_refused(name):
     function, given = CASES[name]
