@@ -68,6 +68,7 @@ def group_normalize(
     chex.assert_rank([values, ids, weights], 1)
     chex.assert_equal_shape([values, ids, weights])
     chex.assert_type([values, ids, weights], [float, int, float])
+    chex.assert_equal_shape([ids, ids if units is None else units])
     for name, choice, choices in (
         ("center", center, Center),
         ("scale", scale, Scale),

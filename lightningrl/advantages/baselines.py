@@ -83,12 +83,15 @@ def rae_update(baseline: Array, table: TransitionTable, decay: float, *, values:
     Raises:
       ValueError: unknown steps.
     """
-    if steps not in get_args(Steps):
-        raise ValueError(f"rae_update has no steps {steps!r}: choose one of {', '.join(get_args(Steps))}.")
     chex.assert_rank(baseline, 1)
-    roles, size = baseline.shape[0], table.rollout.shape[0]
+    chex.assert_equal_shape([table.rollout, table.role, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
     x = table.outcome[:, 0] if values is None else values
     chex.assert_shape(x, table.rollout.shape)
+    chex.assert_type([baseline, x, table.role, table.valid], [float, float, int, bool])
+    if steps not in get_args(Steps):
+        raise ValueError(f"rae_update has no steps {steps!r}: choose one of {', '.join(get_args(Steps))}.")
+    roles, size = baseline.shape[0], table.rollout.shape[0]
     pair = jnp.asarray(table.rollout) * roles + table.role
     mean = segment_mean(x, pair, size * roles, mask=table.valid)
     acted = segment_count(pair, size * roles, mask=table.valid) > 0
@@ -118,6 +121,8 @@ def opo(table: TransitionTable, credit: Credit, evidence: Evidence) -> jax.Array
     Raises:
       ValueError: the credit is already an advantage.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.num_tokens, table.valid])
+    chex.assert_type([credit.value, table.num_tokens, table.valid], [float, int, bool])
     require_return(credit, "opo")
     lengths = jnp.where(table.valid, table.num_tokens, 0).astype(jnp.float32)
     return group_normalize(credit.value, table.group, lengths, units=table.rollout, scale="none")
@@ -155,6 +160,8 @@ def gpg(
     Raises:
       ValueError: the credit is already an advantage, or a setting is unknown.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "gpg")
     if informative not in get_args(Informative):
         raise ValueError(f"gpg has no informative {informative!r}: choose one of {', '.join(get_args(Informative))}.")
@@ -191,6 +198,8 @@ def maxrl(table: TransitionTable, credit: Credit, evidence: Evidence, *, count: 
     Raises:
       ValueError: the credit is already an advantage, or an unknown count.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     centred = group_norm(table, credit, evidence, count=count, scale="none")
     mean = segment_mean(credit.value, table.group, table.group.shape[0], weights=statistics_weights(table, count))[table.group]
     return jnp.where(mean > 0.0, safe_divide(centred, jnp.where(mean > 0.0, mean, 0.0) + eps), 0.0)
@@ -216,17 +225,20 @@ def accepted(table: TransitionTable, credit: Credit, evidence: Evidence, *, thre
     Raises:
       ValueError: the credit is already an advantage.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "accepted")
-    chex.assert_equal_shape([credit.value, table.rollout])
     return jnp.where(table.valid, credit.value >= threshold, False).astype(jnp.float32)
 
 
 def _less(table: TransitionTable, credit: Credit, baseline: Array | None, name: str, need: str) -> jax.Array:
+    chex.assert_equal_shape([credit.value, table.rollout, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, name)
     if baseline is None:
         raise ValueError(f"{name} needs evidence.{need}, but there is none.")
-    chex.assert_equal_shape([credit.value, baseline, table.rollout])
-    chex.assert_type([credit.value, baseline], float)
+    chex.assert_equal_shape([baseline, table.rollout])
+    chex.assert_type(baseline, float)
     return jnp.where(table.valid, credit.value, 0.0) - jnp.where(table.valid, baseline, 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,8 +14,16 @@ from lightningrl.table import Credit, Evidence, TransitionTable
 def unchanged(table: TransitionTable, credit: Credit, evidence: Evidence) -> jax.Array:
     """A = c, for a credit that is already an advantage and has its scale; of a "return", REINFORCE without a baseline.
 
-    f32[N]; 0 at padding.
+    Args:
+      table: N transitions.
+      credit: of either kind.
+      evidence: not read.
+
+    Returns:
+      f32[N]; 0 at padding.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     return jnp.where(table.valid, credit.value, 0.0)
 
 
@@ -51,6 +60,8 @@ def whiten(
     Raises:
       ValueError: `shift_mean` of a credit that is already an advantage, or an unknown count.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     weights = statistics_weights(table, count)
     used = weights > 0
     x = jnp.where(used, credit.value, 0.0)

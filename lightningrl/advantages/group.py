@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 
 from lightningrl.advantages.units import Count, require_return, statistics_weights
@@ -42,6 +43,8 @@ def group_norm(
     Raises:
       ValueError: the credit is already an advantage, or a setting is unknown.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "group_norm")
     return group_normalize(
         credit.value,
@@ -69,10 +72,14 @@ def leave_one_out(
 
       A = c - (Σ_{j∈g} wⱼcⱼ - Σ_{j∈i} wⱼcⱼ) / (Wg - Wi),   i the rollout;   with one call a rollout  (n cᵢ - Σ c) / (n - 1)
 
-    A rollout is left out whole, all its calls, so that the baseline does not depend on the action it is a baseline for.
+    A rollout is left out whole, all its calls, so that the baseline does not depend on the action it is a baseline for. With one
+    call a rollout it is compared with what verl and TRL compute; the paper's text was not checked, nor has it rollouts of several
+    calls as far as we know.
 
     Args, returns and raises as `group_norm`. Constant groups and groups of one rollout get exactly 0.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "leave_one_out")
     return group_normalize(
         credit.value,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -61,6 +62,9 @@ def gdpo(
     Raises:
       ValueError: the credit is already an advantage, there are not D weights, or a setting is unknown.
     """
+    chex.assert_equal_shape([table.rollout, table.group, table.num_tokens, table.weight, table.trainable, table.valid])
+    chex.assert_shape(table.outcome, (*table.rollout.shape, None))
+    chex.assert_type([table.outcome, table.num_tokens, table.weight, table.valid], [float, int, float, bool])
     require_return(credit, "gdpo")
     dimensions = table.outcome.shape[1]
     if weights is None:

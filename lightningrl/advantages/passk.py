@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +45,8 @@ def pass_at_k(
     Raises:
       ValueError: the credit is already an advantage, or an unknown scale.
     """
+    chex.assert_equal_shape([credit.value, table.rollout, table.group, table.valid])
+    chex.assert_type([credit.value, table.valid], [float, bool])
     require_return(credit, "pass_at_k")
     if scale not in ("std", "none"):
         raise ValueError(f"pass_at_k has no scale {scale!r}: choose one of std, none.")

@@ -60,6 +60,8 @@ def prime(
     Raises:
       ValueError: there is no `evidence.prm_logp` or no `evidence.prm_ref_logp`.
     """
+    chex.assert_shape(advantage, table.rollout.shape)
+    chex.assert_equal_shape([table.rollout, table.group, table.valid])
     edges = in_order(table, tokens)
     rewards = _implicit_rewards(edges, tokens, evidence, beta, "prime")
     size = table.rollout.shape[0]
@@ -116,6 +118,8 @@ def istar(
     Raises:
       ValueError: there is no `evidence.prm_logp` or no `evidence.prm_ref_logp`, or an unknown count.
     """
+    chex.assert_shape(advantage, table.rollout.shape)
+    chex.assert_equal_shape([table.rollout, table.group])
     if count not in ("rollouts", "transitions"):
         raise ValueError(f"istar cannot count {count!r}: choose one of rollouts, transitions.")
     edges = in_order(table, tokens)

@@ -54,6 +54,8 @@ def in_order(table: TransitionTable, tokens: TokenTable) -> OrderedEdges:
     result and many times slower. Under `vmap` both are computed for every batch.
     """
     chex.assert_equal_shape([tokens.transition, tokens.k, tokens.mask])
+    chex.assert_equal_shape([table.rollout, table.reward, table.valid])
+    chex.assert_rank(table.rollout, 1)
     transition, k, mask = (jnp.ravel(jnp.asarray(x)) for x in (tokens.transition, tokens.k, tokens.mask))
     counts = jnp.zeros(table.rollout.shape, jnp.int32).at[transition].add(mask.astype(jnp.int32))
     counted, without_gaps = _counted_order(transition, k, mask, counts)

@@ -173,6 +173,7 @@ def reinforce_plus_plus(
     Returns:
       f32[E]; 0 where no loss is wanted. A batch of one token, or one where all G are equal, gets exactly 0.
     """
+    chex.assert_equal_shape([tokens.transition, tokens.old_logp, tokens.ref_logp, tokens.mask])
     edges = in_order(table, tokens)
     rewards = edges.reward
     if kl_coef != 0.0:
@@ -210,6 +211,9 @@ def reinforce_plus_plus_baseline(
     Raises:
       ValueError: an unknown degenerate.
     """
+    chex.assert_shape(advantage, table.rollout.shape)
+    chex.assert_equal_shape([table.rollout, table.group, table.valid])
+    chex.assert_equal_shape([tokens.transition, tokens.mask])
     if degenerate not in get_args(Degenerate):
         raise ValueError(f"There is no degenerate {degenerate!r}: choose one of {', '.join(get_args(Degenerate))}.")
     result = whiten_tokens(broadcast(table, tokens, advantage, evidence), tokens.mask, ddof=ddof, eps=eps)

@@ -22,4 +22,6 @@ def broadcast(table: TransitionTable, tokens: TokenTable, advantage: Array, evid
       f32[E]; 0 where no loss is wanted.
     """
     chex.assert_shape(advantage, table.rollout.shape)
+    chex.assert_equal_shape([tokens.transition, tokens.mask])
+    chex.assert_type([advantage, tokens.transition, tokens.mask], [float, int, bool])
     return jnp.where(tokens.mask, jnp.asarray(advantage)[tokens.transition], 0.0)

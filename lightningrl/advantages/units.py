@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +19,16 @@ def statistics_weights(table: TransitionTable, count: Count) -> jax.Array:
     "rollouts": 1 / transitions of its rollout, so that every rollout weighs one, however many calls it made and whichever of
     its roles are trained. "transitions": every call of a trained role weighs one, as in arXiv 2508.03680, §3.3.2, where all
     policy calls of a task form one group; a rollout of nine calls then weighs as much as nine rollouts of one.
+
+    Args:
+      table: N transitions.
+      count: "rollouts" or "transitions".
+
+    Raises:
+      ValueError: an unknown count.
     """
+    chex.assert_equal_shape([table.rollout, table.weight, table.trainable, table.valid])
+    chex.assert_type([table.weight, table.trainable, table.valid], [float, bool, bool])
     if count == "rollouts":
         return jnp.where(table.valid, table.weight, 0.0)
     if count == "transitions":

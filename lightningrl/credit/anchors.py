@@ -84,8 +84,16 @@ def hgpo(
       aₖ = (G - μₖ) / (σₖ + eps)        over the calls of the group whose last k+1 states are equal, k = 0 … K-1
       A = Σₖ wₖ aₖ / Σₖ wₖ,   wₖ = (k+1)^α,   over those k whose group has more than one call
 
-    Longer histories make smaller groups of calls that are more alike; α says how much they are preferred. The formula is
-    that of the authors' code; whether the paper counts k from 0 or from 1 in wₖ was not checked against its text.
+    Longer histories make smaller groups of calls that are more alike; α says how much they are preferred. With α = 1 the
+    weights are 1, 2, 3 … from the current state alone on: the paper's eq. 7, in which k counts the states before the current
+    one, as two published summaries of it give it; the paper itself was not read. One of them says that its experiments also skip
+    levels at which the advantage is 0 (§5.1), as levels="code" does.
+
+    The authors' code (verl-agent, recipe/hgpo, read in two copies of it) is not the same. Its k counts the current state too and its
+    weight is (k+1)^α all the same, so that these levels weigh 2, 3, 4 …; weight 1 is that of a level of whole rollouts, off by default,
+    which is not here. It also has no level of more states than a rollout has had so far, where here a short history is a
+    history of its own and its calls are compared at every level. No setting has these weights: levels="code" is that code in
+    one point only, and one of the two copies has dropped that point.
 
     Args:
       table: N transitions; K is the width of `anchor`.

@@ -1,4 +1,11 @@
-"""Credit that hands the outcome of a rollout out to its calls in unequal parts, as a return model says."""
+"""Credit that hands the outcome of a rollout out to its calls in unequal parts, as a return model says.
+
+Each hands on the call's own part as its return, and not the sum of this and all later parts. Where parts are differences of an
+exact g, the prediction of R from what is known after a call, later parts are 0 in expectation, for g(after t) is the mean of
+g(after t+1): the sum would have the same mean and more variance. So a part is by itself what the call changed, much like an
+advantage, and no `reward_to_go` of the parts is taken. A g that learns of a call's merit only from later calls hands that merit
+to them, where a sum would give some of it back. Shares of attention are no such differences: see there.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +24,12 @@ def rudder(table: TransitionTable, evidence: Evidence) -> Credit:
 
     The credits of a rollout sum to R whatever g is: an optimal policy stays optimal under an exact redistribution, and the
     residual is how the paper's code makes it exact.
+
+    This is the redistributed reward, and no reward-to-go is taken of it. Under an exact g the rewards after t sum to 0 in
+    expectation, which is what the paper asks of an optimal redistribution: the reward alone is then what the call changed in
+    the expected outcome, like an advantage, with less variance than a sum, which is R - g(after t-1) there. Under another g
+    the two differ in the mean as well. The paper learns from redistributed rewards by other methods too, PPO among them; its
+    numbering of sections and theorems was not checked.
 
     Args:
       table: N transitions; R is `outcome[:, 0]`, intermediate rewards are not read.
@@ -44,7 +57,11 @@ def spa(table: TransitionTable, evidence: Evidence, *, progress_weight: float = 
     The paper's model predicts a contribution ĉₜ of every step, fitted so that Σₛ ĉₛ is R; `predicted_return` holds their running
     sum g(after t) = Σₛ≤ₜ ĉₛ, as for `rudder`, and the difference is ĉₜ again. Nothing closes the gap to R: the credits sum to
     α g(after the last) + β Σ r, right as far as the model is. r stands for the paper's grounding signal, whether a step could
-    be carried out; its weights there were not checked.
+    be carried out; its weights there were not checked, nor were sections of the paper: ĉ was read in the authors' code.
+
+    The paper takes c as the reward of PPO, so that a critic's returns sum it over the calls to come. Here c itself is the
+    return, with no reward-to-go: under an exact model later ĉ are 0 in expectation, and leaving them out takes their variance
+    away. It also leaves out later r, which are not 0 in expectation: with β > 0 a call is not credited with what it enables.
 
     Args:
       table: N transitions; r is `reward`, the outcome is not read.
@@ -70,7 +87,12 @@ def attention_based(table: TransitionTable, evidence: Evidence, *, beta: float =
       cₜ = β αₜ R + (1 - β) R 1[t last],   αₜ = aₜ / Σₛ aₛ
 
     The attention over the calls is a part of the model's whole attention, so it is renormalised: the credits of a rollout
-    sum to R. The authors' code leaves that division out.
+    sum to R. The authors' code leaves that division out. The formula was read in that code; no section of the paper was checked.
+
+    The paper takes c as the dense reward of PPO, which sums it over what is to come. Here c itself is the return, with no
+    reward-to-go, so that a call is paid its share and no later one's. That attention is a call's part in the outcome is taken
+    on trust: unlike a difference of exact predictions (`rudder`), shares have one sign, that of R, and later ones are not 0
+    in expectation. With β = 0 only the last call earns anything, where a reward-to-go would make it `identical`.
 
     Args:
       table: N transitions; R is `outcome[:, 0]`.

@@ -106,7 +106,8 @@ def mt_grpo(
 
     Stated for two segments, before and after one tool result; with two calls a rollout this is that. For more calls the turn
     reward of each is compared at the same turn, which is our reading. The authors' code has eps = 10⁻⁴, and gives a rollout
-    without a tool result the advantage of the summed rewards, where this gives Aᴼ.
+    without a tool result the advantage of the summed rewards, where this gives Aᴼ. The formula was read in that code; the
+    paper's text was not checked.
 
     Args:
       table: N transitions; r is `reward`, R is `outcome[:, 0]`.

@@ -23,6 +23,9 @@ def shapley(table: TransitionTable, evidence: Evidence) -> Credit:
     The credits of a rollout sum to v(all calls) - v(none): to the outcome, where v(all) is the outcome and v(none) is 0. Calls
     that add nothing to any coalition get 0, calls that add the same get the same.
 
+    The value is Shapley's; that SCAR shares a reward out by it, among tokens or spans of text, is from the paper's abstract. Here
+    the players are calls. How the paper asks a reward model about a part of a text, and how it approximates, was not checked.
+
     Args:
       table: N transitions; `turn` 0 … T-1 within each rollout.
       evidence: needs `coalition`, f32[R, 2^M], M ≤ 10: v of every subset of a rollout's first M calls, bit t for turn t. Entries of
@@ -59,7 +62,8 @@ def shapley_sampled(
 
       φₜ ≈ mean over orders π of v(calls up to t in π) - v(calls before t in π)
 
-    Unbiased, and for every order the contributions of a rollout sum to v(all) - v(none), so their mean does too.
+    Unbiased, and for every order the contributions of a rollout sum to v(all) - v(none), so their mean does too. The estimator is
+    that of Castro, Gómez and Tejada; whether SCAR has it was not checked.
 
     Args:
       table: N transitions; `turn` 0 … T-1 within each rollout.

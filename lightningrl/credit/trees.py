@@ -46,8 +46,9 @@ def spo_tree(table: TransitionTable, evidence: Evidence) -> Credit:
       A(n) = V(n) - V(parent of n)
 
     Along any path the credits sum to R - V(root) where the path's last call is its own. A call that all rollouts of a tree
-    share and that has no branch before it is compared with the other trees of the group. The paper's probability mask, and
-    whatever scaling it applies to A, are left to the loss and the advantage.
+    share and that has no branch before it is compared with the other trees of the group. The difference of values was read in
+    the authors' code; the paper's text was not checked, neither how its tree averages values nor how it scales A. Its mask,
+    which leaves a loss only to tokens of π_old < 0.9 in that code, belongs to the loss and is not here.
 
     Args:
       table: N transitions with `tree`.

@@ -29,6 +29,9 @@ def count_units(table: TransitionTable, tokens: TokenTable) -> UnitCounts:
     Returns:
       f32 of the edges' shape; 0 where the mask is false.
     """
+    chex.assert_equal_shape([table.rollout, table.group])
+    chex.assert_equal_shape([tokens.transition, tokens.mask])
+    chex.assert_type([tokens.transition, tokens.mask], [int, bool])
     size = table.rollout.shape[0]
     transition = jnp.ravel(tokens.transition)
     mask = jnp.ravel(tokens.mask)

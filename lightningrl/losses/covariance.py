@@ -24,6 +24,7 @@ def covariance(inputs: LossInputs) -> jax.Array:
 
     f32 of the edges' shape, 0 where the mask is false, without gradient. 0 everywhere where the advantage is constant, up to rounding.
     """
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, inputs.tokens.mask])
     mask = inputs.tokens.mask
     advantage, logp = fixed_advantage(inputs), jax.lax.stop_gradient(masked_logp(inputs))
     return jnp.where(mask, (advantage - masked_mean(advantage, mask)) * (logp - masked_mean(logp, mask)), 0.0)
@@ -55,14 +56,16 @@ def clip_cov_selection(
     Raises:
       ValueError: a setting outside the above.
     """
+    tokens = inputs.tokens
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, tokens.old_logp, tokens.transition, tokens.k, tokens.mask])
     _check_fraction(fraction)
     if not cov_low < cov_high:
         raise ValueError(f"The covariances lie between {cov_low} and {cov_high}: the first must be smaller.")
-    mask = inputs.tokens.mask
+    mask = tokens.mask
     advantage, ratio, cov = fixed_advantage(inputs), jnp.exp(log_ratio_to(inputs, "old")), covariance(inputs)
     clipped = ((advantage > 0) & (ratio > 1.0 + clip_high)) | ((advantage < 0) & (ratio < 1.0 - clip_low))
     eligible = mask & (cov > cov_low) & (cov < cov_high) & ~clipped
-    lot = jnp.where(eligible, _lots(key, inputs.tokens), 2.0)
+    lot = jnp.where(eligible, _lots(key, tokens), 2.0)
     return jnp.logical_and(eligible, _first(jnp.argsort(jnp.ravel(lot)), _number(fraction, mask)).reshape(jnp.shape(mask)))
 
 
@@ -81,7 +84,8 @@ def clip_cov(
 
       ℓ = max(-A ρ, -A clip(ρ, 1 - εl, 1 + εh)),   kept where not drawn by `clip_cov_selection`
 
-    The thresholds are of advantages as they come: an advantage divided by a token count hardly ever reaches them.
+    The thresholds are of advantages as they come: an advantage divided by a token count hardly ever reaches them. Read in and compared
+    with verl's code; the sections of the paper were not checked.
 
     Args:
       inputs: E edges.
@@ -96,13 +100,14 @@ def clip_cov(
     Raises:
       ValueError: a setting outside the above, or neither a key nor a selection.
     """
+    mask = inputs.tokens.mask
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, inputs.tokens.old_logp, mask, mask if selected is None else selected])
     if selected is None:
         if key is None:
             raise ValueError("Clip-Cov draws tokens at random: give it a key, or the tokens selected.")
         limits = {"cov_low": cov_low, "cov_high": cov_high, "clip_low": clip_low, "clip_high": clip_high}
         selected = clip_cov_selection(inputs, key=key, fraction=fraction, **limits)
-    loss, mask, aux = ppo_clip(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=None)
-    chex.assert_equal_shape([selected, mask])
+    loss, _, aux = ppo_clip(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=None)
     return loss, mask & ~selected, aux | metric_means({"cov_clip_fraction": selected}, mask)
 
 
@@ -120,6 +125,7 @@ def kl_cov_selection(inputs: LossInputs, *, key: Array | None = None, fraction: 
     Raises:
       ValueError: the fraction is outside (0, 1].
     """
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, inputs.tokens.transition, inputs.tokens.k, inputs.tokens.mask])
     _check_fraction(fraction)
     mask = inputs.tokens.mask
     falling = jnp.where(mask, -covariance(inputs), jnp.inf)
@@ -134,7 +140,8 @@ def kl_cov(
 
       ρ = π(a)/π_old(a),   ℓ = -A ρ + c |log ρ| [selected]
 
-    At ρ = 1 the penalty has no gradient: it holds from the second step on a batch. The mean over tokens of |log ρ| is what verl has.
+    At ρ = 1 the penalty has no gradient: it holds from the second step on a batch. The mean over tokens of |log ρ| is what verl has. Read
+    in and compared with verl's code; the sections of the paper were not checked.
 
     Args:
       inputs: E edges; reads what `kl_cov_selection` does and `tokens.old_logp`.
@@ -149,11 +156,11 @@ def kl_cov(
     Raises:
       ValueError: a setting outside the above.
     """
+    mask = inputs.tokens.mask
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, inputs.tokens.old_logp, mask, mask if selected is None else selected])
     if kl_coef < 0:
         raise ValueError(f"kl_coef is {kl_coef}: it must not be negative.")
     selected = kl_cov_selection(inputs, fraction=fraction) if selected is None else selected
-    mask = inputs.tokens.mask
-    chex.assert_equal_shape([selected, mask])
     logs = log_ratio_to(inputs, "old")
     loss = -fixed_advantage(inputs) * jnp.exp(logs) + jnp.where(mask & selected, kl_coef * jnp.abs(logs), 0.0)
     return loss, mask, metric_means({"cov_kl_fraction": selected, **ratio_rates(logs)}, mask)

@@ -8,6 +8,7 @@ value of k3 and the gradient of the KL.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,11 +18,15 @@ from lightningrl.table import LossInputs
 
 def k1(inputs: LossInputs) -> jax.Array:
     """k1 = d: unbiased, negative half the time."""
+    chex.assert_equal_shape([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask])
+    chex.assert_type([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask], [float, float, bool])
     return _log_ratio_to_reference(inputs)
 
 
 def k2(inputs: LossInputs) -> jax.Array:
     """k2 = ½ d²: biased as a value, with the right gradient."""
+    chex.assert_equal_shape([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask])
+    chex.assert_type([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask], [float, float, bool])
     return 0.5 * _log_ratio_to_reference(inputs) ** 2
 
 
@@ -31,6 +36,8 @@ def k3(inputs: LossInputs) -> jax.Array:
     Near d = 0 computed as expm1(-d) + d, since e⁻ᵈ - 1 loses the digits that matter. verl caps the value at 10; here only d is
     clamped.
     """
+    chex.assert_equal_shape([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask])
+    chex.assert_type([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask], [float, float, bool])
     d = _log_ratio_to_reference(inputs)
     return jnp.expm1(-d) + d
 
@@ -40,6 +47,8 @@ def k3_plus(inputs: LossInputs) -> jax.Array:
 
     On samples of π the value is unbiased and the gradient d ∇log π is that of the KL.
     """
+    chex.assert_equal_shape([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask])
+    chex.assert_type([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.mask], [float, float, bool])
     value, slope = k3(inputs), k2(inputs)
     return jax.lax.stop_gradient(value) + (slope - jax.lax.stop_gradient(slope))
 
@@ -50,6 +59,8 @@ def k3_unbiased(inputs: LossInputs) -> jax.Array:
     DeepSeek-V3.2 (arXiv 2512.02556, §3.1) and TRL's `use_bias_correction_kl`. The ratio has a gradient: without it the product would
     only be unbiased in value. Also reads `tokens.old_logp`; the log of the ratio is clamped to ±20.
     """
+    chex.assert_equal_shape([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.old_logp, inputs.tokens.mask])
+    chex.assert_type([inputs.logp, inputs.tokens.ref_logp, inputs.tokens.old_logp, inputs.tokens.mask], [float, float, float, bool])
     return k3(inputs) * jnp.exp(log_ratio(inputs.logp, jax.lax.stop_gradient(inputs.tokens.old_logp), inputs.tokens.mask))
 
 

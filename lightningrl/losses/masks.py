@@ -158,10 +158,10 @@ def m2po(
     Raises:
       ValueError: a setting outside the above.
     """
+    mask = inputs.tokens.mask
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, mask, mask if selected is None else selected])
     if selected is None:
         selected = second_moment_keep(inputs, threshold=threshold, anchor=anchor)
-    mask = inputs.tokens.mask
-    chex.assert_equal_shape([selected, mask])
     logs = log_ratio_to(inputs, anchor)
     keep = mask & selected
     return -fixed_advantage(inputs) * jnp.exp(logs), keep, metric_means({"dropped_fraction": mask & ~keep, **ratio_rates(logs)}, mask)

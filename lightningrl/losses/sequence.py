@@ -91,8 +91,8 @@ def luspo(inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4
     and long ones when they are wrong. Arguments, results, errors: `gspo`. The formula was read in TRL's code, not in the paper, and
     so were no clip ranges: the defaults are GSPO's.
     """
+    chex.assert_equal_shape([inputs.logp, inputs.counts.sequence_tokens, inputs.tokens.mask])
     loss, keep, aux = gspo(inputs, clip_low=clip_low, clip_high=clip_high)
-    chex.assert_equal_shape([loss, inputs.counts.sequence_tokens])
     return jnp.where(keep, inputs.counts.sequence_tokens, 0.0) * loss, keep, aux
 
 
@@ -102,6 +102,8 @@ def gmpo(inputs: LossInputs, *, clip_low: float = 0.4, clip_high: float = 0.4) -
       dₖ = log π(aₖ)/π_old(aₖ)
       dₖ′ = min(dₖ, εh) where A > 0,  max(dₖ, -εl) where A < 0,  0 where A = 0
       ℓ = -Ā exp(mean of dₖ′ over the sequence)
+
+    Read in and compared with verl's and TRL's code; the sections of the paper were not checked.
 
     Args:
       inputs: as for `gspo`.

@@ -15,7 +15,7 @@ from lightningrl.table import Array, LossInputs
 
 
 def cispo(inputs: LossInputs, *, lower: float = 0.0, upper: float = 5.0) -> tuple[Array, Array, Metrics]:
-    """CISPO (arXiv 2506.13585): REINFORCE with a clipped, fixed ratio. Scope: token.
+    """CISPO (arXiv 2506.13585, §3.1): REINFORCE with a clipped, fixed ratio. Scope: token.
 
       ρ = π(a)/π_old(a),   ℓ = -sg(clip(ρ, lower, upper)) A log π(a)
 
@@ -49,7 +49,8 @@ def sapo(inputs: LossInputs, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> 
 
       ρ = π(a)/π_old(a),   ℓ = -(4/τ) σ(τ (ρ - 1)) A,   τ = τ₊ where A > 0, else τ₋
 
-    Its gradient in log π is -4 σ(1 - σ) ρ A: the policy gradient at ρ = 1, fading on both sides, faster with a larger τ.
+    Its gradient in log π is -4 σ(1 - σ) ρ A: the policy gradient at ρ = 1, fading on both sides, faster with a larger τ. Read in and
+    compared with verl's and TRL's code; the sections of the paper were not checked.
 
     Args:
       inputs: E edges; reads `logp`, `advantage`, `tokens.old_logp` and `tokens.mask`.
@@ -114,7 +115,8 @@ def decoupled_ppo(
       ρ = π(a)/π_prox(a),   w = sg(π_prox(a)/π_behaviour(a)),   ℓ = w · max(-A ρ, -A clip(ρ, 1 - εl, 1 + εh))
 
     The trust region lies around the policy that the update starts from (π_prox, `tokens.old_logp`), and the sampler's policy,
-    however old, only enters through w.
+    however old, only enters through w. The formula and the dropping of large w were read in AReaL's code; neither paper's sections were
+    checked.
 
     Args:
       inputs: E edges; reads `logp`, `advantage`, `tokens.old_logp`, `tokens.behaviour_logp` and `tokens.mask`.
@@ -128,10 +130,10 @@ def decoupled_ppo(
     Raises:
       ValueError: a setting outside the above.
     """
+    tokens = inputs.tokens
+    chex.assert_equal_shape([inputs.logp, inputs.advantage, tokens.old_logp, tokens.behaviour_logp, tokens.mask])
     if max_weight is not None and max_weight <= 0:
         raise ValueError(f"max_weight is {max_weight}: it must be positive, or None to keep every token.")
-    tokens = inputs.tokens
-    chex.assert_equal_shape([tokens.old_logp, tokens.behaviour_logp, tokens.mask])
     loss, mask, aux = ppo_clip(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     weight = jax.lax.stop_gradient(jnp.exp(log_ratio(tokens.old_logp, tokens.behaviour_logp, mask)))
     keep = mask if max_weight is None else mask & (weight <= max_weight)
