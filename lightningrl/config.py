@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import field
 from pathlib import Path
@@ -109,23 +110,27 @@ class FitConfig:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.iterations < 0:
-            raise UserError(f"iterations={self.iterations} must be at least 0")
-        if self.max_staleness < 0:
-            raise UserError(f"max_staleness={self.max_staleness} must be at least 0")
-        if not self.temperature > 0:
-            raise UserError(f"temperature={self.temperature} must be more than 0: a policy learns from what it samples")
-        if self.ray_cpus < 0:
-            raise UserError(f"ray_cpus={self.ray_cpus} must be at least 0")
-        if self.lora_rank < 0:
-            raise UserError(f"lora_rank={self.lora_rank} must be at least 0")
+        for name in AT_LEAST_ZERO:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+        for name in MORE_THAN_ZERO:
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be more than 0, and finite")
+        if self.seed >= 2**32:
+            raise UserError(f"seed={self.seed} must be less than 2³²")
         if self.lora_per_role and not self.lora_rank:
             raise UserError("lora_per_role needs adapters: give their --lora_rank")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be at least 0 and less than 1")
 
 
+AT_LEAST_ZERO = ("seed", "iterations", "max_staleness", "ray_cpus", "lora_rank", "prefix_cache_mb", "weight_decay")
+# A policy learns from what it samples: temperature 0 would leave it nothing to learn.
+MORE_THAN_ZERO = ("temperature", "learning_rate", "imitation_learning_rate", "max_grad_norm", "time_limit")
 AT_LEAST_ONE = (
+    "data_parallel",
+    "fsdp",
+    "tensor_parallel",
     "tasks_per_iteration",
     "rollouts_per_task",
     "updates_per_iteration",

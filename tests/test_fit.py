@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import signal
 import socket
@@ -126,6 +127,13 @@ def test_a_port_in_use(config: CommandConfig, busy_port: int) -> None:
         ({"rollouts_per_task": 0}, "rollouts_per_task=0 must be at least 1"),
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
         ({"iterations": -1}, "iterations=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 10**23}, "must be less than 2³²"),
+        ({"time_limit": math.nan}, "time_limit=nan must be more than 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be more than 0"),
+        ({"weight_decay": math.inf}, "weight_decay=inf must be at least 0, and finite"),
+        ({"prefix_cache_mb": -1.0}, "prefix_cache_mb=-1.0 must be at least 0"),
+        ({"data_parallel": 0}, "data_parallel=0 must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be more than 0"),
         ({"ray_cpus": -1.0}, "ray_cpus=-1.0 must be at least 0"),
         ({"engine": "http://127.0.0.1:1"}, "there is no engine at http://127.0.0.1:1"),

@@ -70,7 +70,7 @@ CASES: dict[str, Case] = {
         f"losses.{name}": (functools.partial(f, **SETTINGS.get(name, {})), (INPUTS,))
         for name, f in functions(losses, without=OTHER_LOSSES).items()
     },
-    **{f"losses.{name}": (getattr(losses, name), (INPUTS.logp, TOKENS.mask, INPUTS.counts)) for name in AGGREGATIONS},
+    **{f"losses.{name}": (getattr(losses, name), (INPUTS.logp, TOKENS.mask, INPUTS.counts)) for name in sorted(AGGREGATIONS)},
     "losses.count_units": (losses.count_units, (TABLE, TOKENS)),
     "losses.value_states": (lambda tokens: losses.value_states(tokens, "calls"), (TOKENS,)),
     "group_normalize": (group_normalize, (ADVANTAGE, TABLE.group, TABLE.weight)),
@@ -106,7 +106,7 @@ def read(function: Callable[..., Any], given: tuple[Any, ...], paths: list[tuple
 
 
 @pytest.mark.filterwarnings("ignore:shape requires ndarray")  # of the None in an array's place
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_a_wrong_shape_is_refused(name):
     function, given = CASES[name]
     jax.eval_shape(function, *given)

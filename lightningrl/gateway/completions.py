@@ -46,6 +46,8 @@ async def completions(service: Service, request: Request) -> Response:
 
 def _start(service: Service, session: Session, incoming: Incoming, prompt: str | list[int]) -> Call:
     renderer = service.renderer
+    if not prompt:
+        raise ApiError(400, "The prompt is empty; it must hold at least one token.", code="invalid_value", param="prompt")
     if isinstance(prompt, list):
         vocabulary = renderer.vocabulary
         wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 MAX_TOP_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-4  # less is greedy
 
 
 class Part(BaseModel):
@@ -84,13 +85,18 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
+def _greedy_if_tiny(temperature: float) -> float:
+    """Logits over 1e-30 are infinite in float32; far below 1e-4 nothing but the largest has a chance."""
+    return 0.0 if 0 < temperature < MIN_TEMPERATURE else temperature
+
+
 class SamplingFields(BaseModel):
     """The fields that say how to sample, shared by every endpoint; null means the default."""
 
     model: str
-    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    temperature: Annotated[float, AfterValidator(_greedy_if_tiny)] | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     seed: int | None = None
     stop: Stop | None = None
     n: int | None = Field(None, ge=1, le=128)

@@ -32,7 +32,8 @@ async def responses(service: Service, request: Request) -> Response:
     session = service.session(request)
     body = await service.body(request)
     fields, raw = parse_body(body, ResponsesRequest)
-    if (fields.text or {}).get("format", {}).get("type", "text") != "text":
+    form = (fields.text or {}).get("format") or {}
+    if not isinstance(form, dict) or form.get("type", "text") != "text":
         session.note("text.format is not enforced: the policy writes what it writes")
     history = session.recall(fields.previous_response_id) if fields.previous_response_id else ()
     conversation = (*history, *_messages(fields.input))

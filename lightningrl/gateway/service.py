@@ -65,7 +65,7 @@ class Service:
     def attempt(self, request: Request) -> int:
         """Which automatic retry this is; 0 for none."""
         count = request.headers.get("x-stainless-retry-count", "0")
-        return int(count) if count.isascii() and count.isdigit() else 0
+        return int(count) if count.isascii() and count.isdigit() and len(count) < 10 else 0
 
     def fingerprint(self, request: Request, body: bytes) -> bytes:
         role = request.headers.get(ROLE_HEADER, "")

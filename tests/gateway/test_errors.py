@@ -76,6 +76,7 @@ def test_an_unknown_model_is_404(stage: Stage, model: str) -> None:
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 0}, "n"),
+        ({"top_k": 2**31}, "top_k"),
         ({"stop": ""}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"top_logprobs": 99}, "top_logprobs"),

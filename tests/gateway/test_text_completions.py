@@ -91,3 +91,18 @@ def test_token_ids_beside_the_text_for_who_asks(stage: Stage, stream: bool) -> N
     stage.play(["sing er"])
     plain = stage.client().completions.create(model="policy", prompt=[20, 7, 2], logprobs=0)
     assert not hasattr(plain.choices[0], "token_ids") and plain.choices[0].logprobs.tokens[0] == "s"
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [""]])
+def test_an_empty_prompt_is_400(stage: Stage, prompt: Any) -> None:
+    stage.play([])
+    with pytest.raises(openai.BadRequestError, match="The prompt is empty"):
+        stage.client().completions.create(model="policy", prompt=prompt)
+
+
+def test_a_tiny_temperature_is_greedy(stage: Stage) -> None:
+    """Logits over 1e-30 are infinite, and so would be the log-probs that are trained on."""
+    stage.play(["A"])
+    stage.client().completions.create(model="policy", prompt="x", temperature=1e-30)
+    (transition,) = stage.transitions()
+    assert (transition.temperature, transition.trainable) == (0.0, False)

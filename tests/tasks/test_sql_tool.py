@@ -200,3 +200,35 @@ def test_the_limit_is_of_each_query_and_not_of_the_connection(pets: Path) -> Non
     assert run_query(pets, ENDLESS + "SELECT count(*) FROM c", time_limit_s=0.01).error == "stopped after 0.01 s"
     time.sleep(0.02)
     assert run_query(pets, "SELECT count(*) FROM pet").rows == [(9,)]
+
+
+def test_functions_of_texts_are_sqlites_own(pets: Path) -> None:
+    trimmed = "trim('xxaxx', 'x'), ltrim('xxax', 'xy'), rtrim('xxax', 'x'), trim(' a ')"
+    found = "instr('abc', 'c'), instr(2.5, '.'), instr(x'0102', x'02')"
+    assert run_query(pets, f"SELECT {trimmed}, {found}").rows == [("a", "ax", "xxa", "a", 3, 2, 2)]
+    nothing = "trim('', 'x'), trim('a', ''), trim(NULL, 'a'), trim('a', NULL), instr('a', ''), instr(NULL, 'a'), instr(3.0, '0')"
+    assert run_query(pets, f"SELECT {nothing}").rows == [("", "a", None, None, 1, None, 3)]
+
+
+LONG = "WITH RECURSIVE n(i, x) AS (SELECT 0, 'x' UNION ALL SELECT i + 1, x || x FROM n WHERE i < 17) "
+
+
+@pytest.mark.parametrize(
+    ("sql", "error"),
+    [
+        (LONG + "SELECT trim(x, replace(substr(x, 1, 15000), 'x', 'y') || 'x') FROM n", "trim takes off 100 different characters at most"),
+        ("SELECT " + ", ".join(map(str, range(300))), "too many columns in result set"),
+        ("WITH " + "'" * 20_001, "a value or the query is too long"),
+    ],
+)
+def test_what_would_take_long_before_anybody_looks_is_refused(pets: Path, sql: str, error: str) -> None:
+    assert run_query(pets, sql) == QueryResult(None, error=error)
+
+
+def test_a_result_that_comes_too_late_is_an_error(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single instruction may take longer than the limit, and SQLite looks at no clock in it."""
+    monkeypatch.setattr("lightningrl.tasks.text_to_sql.sql_tool._PROGRESS_STEPS", 10**9)
+    with contextlib.closing(sqlite3.connect(pets)) as connection:  # another stamp, and so a new session
+        connection.execute("CREATE TABLE late (x)")
+    result = run_query(pets, ENDLESS + "SELECT max(x) FROM (SELECT x FROM c LIMIT 300000)", time_limit_s=0.01)
+    assert (result.rows, result.error) == (None, "stopped after 0.01 s")

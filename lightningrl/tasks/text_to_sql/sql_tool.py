@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 import sqlite3
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightningrl.errors import UserError
 
-MAX_VALUE_BYTES = 200_000  # the longest text or blob that a query may read or make; `instr` takes seconds on more
+MAX_VALUE_BYTES = 200_000  # the longest text or blob that a query may read or make
+MAX_SET = 100  # characters that `trim` may be told to take off: SQLite compares each with each, and looks at no clock meanwhile
 MAX_RESULT_BYTES = 16_000_000  # of a whole result
 MAX_SQL_BYTES = 20_000
 MAX_EXPANSION = 20_000  # copies of common table expressions that a query may come to
 _OPEN_FILES = 32  # connections that each thread keeps
+MAX_COLUMNS = 250  # of a result or a table: a row of values of the longest kind is 50 MB
 _PROGRESS_STEPS = 1000  # instructions of SQLite's machine between two looks at the clock
 
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
@@ -37,8 +41,8 @@ _FUNCTIONS = frozenset(
 )
 _PRAGMAS = frozenset(("table_info", "table_xinfo", "table_list", "foreign_key_list", "index_list", "index_info"))
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?(?:\*/|$)", re.DOTALL)
-_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]")
-_TABLE_EXPRESSION = re.compile(r"(\w+)\s*(?:\([^()]*\)\s*)?\bas\s*(?:not\s+)?(?:materialized\s*)?\(")
+_QUOTED = re.compile(r"'(?:[^']|'')*+'|\"(?:[^\"]|\"\")*+\"|`[^`]*+`|\[[^\]]*+\]")
+_TABLE_EXPRESSION = re.compile(r"\b(\w++)\s*(?:\([^()]*\)\s*)?\bas\s*(?:not\s+)?(?:materialized\s*)?\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class _Session:
         for limit, value in (
             (sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES),
             (sqlite3.SQLITE_LIMIT_SQL_LENGTH, MAX_SQL_BYTES),
+            (sqlite3.SQLITE_LIMIT_COLUMN, MAX_COLUMNS),
             (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200),
             (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 50),
             (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
@@ -68,6 +73,10 @@ class _Session:
             (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),
         ):
             self.connection.setlimit(limit, value)
+        # SQLite's own take seconds of one instruction on long texts.
+        self.connection.create_function("instr", 2, _instr, deterministic=True)
+        for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
+            self.connection.create_function(name, 2, functools.partial(_trim, strip), deterministic=True)
         self.connection.execute("PRAGMA query_only = ON")
         self.connection.execute("PRAGMA trusted_schema = OFF")
         self.connection.set_authorizer(self._authorize)
@@ -107,6 +116,8 @@ class _Session:
                 if budget < 0:
                     return QueryResult(None, columns, f"the result is larger than {MAX_RESULT_BYTES} bytes")
                 rows.append(row)
+            if self._late():  # one long instruction may have passed the limit unseen
+                return QueryResult(None, columns, f"stopped after {time_limit_s:g} s")
             return QueryResult(rows, columns)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
             return QueryResult(None, error=self._sentence(error, time_limit_s))
@@ -121,11 +132,40 @@ class _Session:
         message = str(error)
         if message == "interrupted":
             return f"stopped after {time_limit_s:g} s"
+        if "user-defined function" in message:
+            return f"trim takes off {MAX_SET} different characters at most"
         if "one statement" in message:
             return "only one statement is allowed"
         if "too big" in message or "too large" in message:
             return "a value or the query is too long"
         return message.replace("\n", " ")
+
+
+def _text(x: str | bytes | int | float) -> str:
+    """A value as SQLite makes a text of it."""
+    if isinstance(x, bytes):
+        return x.decode(errors="ignore")
+    if isinstance(x, float):
+        text = f"{x:.15g}"
+        return text if set(text) & set(".einf") else text + ".0"
+    return str(x)
+
+
+def _instr(x: Any, y: Any) -> int | None:
+    if x is None or y is None:
+        return None
+    if isinstance(x, bytes) and isinstance(y, bytes):
+        return x.find(y) + 1
+    return _text(x).find(_text(y)) + 1
+
+
+def _trim(strip: Callable[[str, str], str], x: Any, characters: Any) -> str | None:
+    if x is None or characters is None:
+        return None
+    taken = _text(characters)
+    if len(taken) > MAX_SET:
+        raise ValueError("too many characters to trim")
+    return strip(_text(x), taken) if taken else _text(x)
 
 
 def expansion(sql: str) -> int:
@@ -211,6 +251,8 @@ def run_query(database: str | Path, sql: str, *, time_limit_s: float = 2.0, max_
         session = _session(str(database))
     except (sqlite3.Error, OSError) as error:
         return QueryResult(None, error=f"cannot open {database}: {error}")
+    if len(sql) > MAX_SQL_BYTES:
+        return QueryResult(None, error="a value or the query is too long")
     if expansion(sql) > MAX_EXPANSION:
         return QueryResult(None, error="the common table expressions are nested too deeply")
     return session.run(sql, time_limit_s, max_rows)
