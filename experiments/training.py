@@ -178,7 +178,7 @@ def print_transcripts(out: Path, iteration: int, title: str, count: int = 3) -> 
         print(f"    {'gold':<9}{rollout.task.target['gold']}\n    {'reward':<9}{rollout.outcome.get('reward')}")
 
 
-def summarize(config: Any, data: Data[Any], fitted: Fitted, controls: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+def summarize(config: Any, data: Data[Any], fitted: Fitted, seconds: float) -> dict[str, Any]:
     """What summary.json says of every experiment."""
     first, last = fitted.metrics[0], fitted.metrics[-1]
     rows = [row for row in fitted.metrics if row["iteration"] > 0]
@@ -192,7 +192,7 @@ def summarize(config: Any, data: Data[Any], fitted: Fitted, controls: dict[str, 
         "iterations": last["iteration"],
         "rollouts": sum(row["rollouts"] for row in rows),
         "tokens": sum(row["prompt_tokens"] + row["response_tokens"] for row in rows),
-        "controls": controls,
+        "controls": None,
         "continuing_calls": sum(row["continuing_calls"] for row in rows),
         "continuing_calls_exact": sum(row["continuing_calls_exact"] for row in rows),
         "logprob_gap_max": max((row["logprob_gap_max"] for row in rows), default=None),
@@ -208,11 +208,21 @@ def summarize(config: Any, data: Data[Any], fitted: Fitted, controls: dict[str, 
     return summary
 
 
+def kept_summary(out: Path) -> dict[str, Any]:
+    """Of a run that was finished before: what it took, and its controls. The command given again, or with --controls, has neither."""
+    try:
+        before = json.loads((out / "summary.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {name: before[name] for name in ("seconds", "seconds_install", "controls")}
+
+
 def train(config: Any, experiment: Experiment[Q], started: float) -> None:
     """Trains the agent, and says on process 0 what has come of it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     data = same_data(config, experiment, out)
+    kept = kept_summary(out)
     if is_first():
         unseen = f", {len(data.unseen)} {experiment.unseen}" if data.unseen else ""
         print(f"{len(data.train)} questions to train on, {len(data.heldout)} held out{unseen}")
@@ -225,8 +235,9 @@ def train(config: Any, experiment: Experiment[Q], started: float) -> None:
     print_transcripts(out, 0, "Held-out questions before reinforcement learning:")
     print_transcripts(out, fitted.metrics[-1]["iteration"], "The same after:")
     seconds = time.time() - started
-    controls = run_controls(config, experiment, data, demonstrations, fitted) if config.controls else None
-    summary = summarize(config, data, fitted, controls, seconds) | dict(experiment.report(fitted, data))
+    if config.controls:
+        kept["controls"] = run_controls(config, experiment, data, demonstrations, fitted)
+    summary = summarize(config, data, fitted, seconds) | dict(experiment.report(fitted, data)) | kept
     write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
         f"\nheld-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f} on "

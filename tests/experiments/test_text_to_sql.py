@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.text_to_sql import EXPERIMENT, Config, load_data, reward, task_of
-from experiments.training import demonstrations_for, shuffled_rewards
+from experiments.training import demonstrations_for, kept_summary, shuffled_rewards
 from lightningrl.config import same_run
 from lightningrl.errors import UserError
 from lightningrl.tasks.text_to_sql.databases import build_databases
@@ -70,6 +71,13 @@ def test_the_reward_is_execution_match(tmp_path: Path) -> None:
     assert [reward(dict(task.input), task.target, answer) for answer in (question.wrong[0][1], "", None, "SELECT 1 FROM nowhere")] == [
         0.0
     ] * 4
+
+
+def test_a_finished_run_keeps_what_it_took_and_its_controls(tmp_path: Path) -> None:
+    assert kept_summary(tmp_path) == {}
+    before = {"heldout_reward_after": 0.5, "seconds": 460.0, "seconds_install": 34.0, "controls": {"more_supervised": {"gain": 0.0}}}
+    (tmp_path / "summary.json").write_text(json.dumps(before))
+    assert kept_summary(tmp_path) == {name: before[name] for name in ("seconds", "seconds_install", "controls")}
 
 
 def test_shuffled_rewards_are_the_same_rewards() -> None:
