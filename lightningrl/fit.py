@@ -248,7 +248,12 @@ def same_manifest(out: Path, config: FitConfig, data_hash: str) -> bool:
     path = out / "manifest.json"
     if not path.exists():
         return False
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object, so nobody knows whose run this is; give another --out")
     ours, theirs = same_run(config) | {"data": data_hash}, before.get("settings", {}) | {"data": before.get("data_hash")}
     for k in sorted(ours.keys() | theirs.keys()):
         if ours.get(k) != theirs.get(k):

@@ -147,6 +147,16 @@ def test_a_setting_that_cannot_be_used(config: CommandConfig, settings: dict[str
     assert not (pathlib.Path(config.out) / "manifest.json").exists()  # the corrected command is not one of another config
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_manifest_gets_a_sentence(config: CommandConfig, text: str) -> None:
+    path = pathlib.Path(config.out) / "manifest.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        fit(agent, TASKS, None, config)
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("tasks", "heldout", "sentence"),
     [
