@@ -22,6 +22,8 @@ from lightningrl.normalize import group_normalize
 from lightningrl.table import Credit
 from tests.batches import make_evidence, make_inputs, make_rollout, make_table, make_tokens
 
+pytestmark = pytest.mark.slow  # every function is traced once for each of its arrays
+
 TABLE = make_table(
     make_rollout("a", 1.0, [0.0, 0.5], lengths=[2, 1]), make_rollout("a", 0.0, [0.25], lengths=[3]), make_rollout("b", 0.5), size=6
 )
