@@ -133,7 +133,7 @@ class _Session:
         if message == "interrupted":
             return f"stopped after {time_limit_s:g} s"
         if "user-defined function" in message:
-            return f"trim takes off {MAX_SET} different characters at most"
+            return f"trim takes off one of {MAX_SET} characters at most"
         if "one statement" in message:
             return "only one statement is allowed"
         if "too big" in message or "too large" in message:
@@ -142,7 +142,7 @@ class _Session:
 
 
 def _text(x: str | bytes | int | float) -> str:
-    """A value as SQLite makes a text of it."""
+    """A value as SQLite makes a text of it, but for numbers with an exponent (1e+20 is its 1.0e+20)."""
     if isinstance(x, bytes):
         return x.decode(errors="ignore")
     if isinstance(x, float):
