@@ -77,13 +77,14 @@ def edge_batches(
 
     whole, whole_scores = jax.tree.map(together, *edges), jax.tree.map(together, *scores)
     made = _on_edges(recipe, table, whole, whole_scores, advantage, value_target, evidence)
-    ends = np.cumsum(sizes)
-    batches = []
-    for tokens, score, end, size in zip(edges, scores, ends, sizes, strict=True):
-        mine = jax.tree.map(lambda x: x[end - size : end].reshape(tokens.mask.shape), made)  # noqa: B023
-        spread, target, counts = mine
-        batches.append(EdgeBatch(tokens=tokens, counts=counts, advantage=spread, old_value=score.value, value_target=target))
-    return batches
+    bounds = np.cumsum([0, *sizes])
+
+    def of_update(i: int) -> EdgeBatch:
+        mine = slice(bounds[i], bounds[i + 1])
+        spread, target, counts = jax.tree.map(lambda x: x[mine].reshape(edges[i].mask.shape), made)
+        return EdgeBatch(tokens=edges[i], counts=counts, advantage=spread, old_value=scores[i].value, value_target=target)
+
+    return [of_update(i) for i in range(len(edges))]
 
 
 @functools.partial(jax.jit, static_argnums=0)
