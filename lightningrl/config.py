@@ -111,8 +111,10 @@ class FitConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in AT_LEAST_ZERO:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+            if not getattr(self, name) >= 0:  # NaN too
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+            if getattr(self, name) == math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be finite")
         for name in MORE_THAN_ZERO:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be more than 0, and finite")
