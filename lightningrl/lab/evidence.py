@@ -235,7 +235,8 @@ def _additive_model(sampled: Sampled) -> Array:
     call = rollouts.state * ACTIONS + rollouts.action
     counts = jnp.zeros((number, CALLS)).at[jnp.arange(number)[:, None], call].add(rollouts.made.astype(jnp.float32))
     target = jnp.where(jnp.any(rollouts.made, -1), rollouts.outcome, 0.0)
-    weights = jnp.linalg.solve(counts.T @ counts + RIDGE * jnp.eye(CALLS), counts.T @ target)
+    # Conjugate gradients: jnp.linalg.solve over a batch is LAPACK's, whose calls, two at once, wait for ever for a pool of two threads.
+    weights, _ = jax.scipy.sparse.linalg.cg(lambda w: (counts @ w) @ counts + RIDGE * w, target @ counts, tol=1e-6, maxiter=2 * CALLS)
     return weights.reshape(STATES, ACTIONS)
 
 

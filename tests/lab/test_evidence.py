@@ -272,3 +272,9 @@ def test_prime_with_a_perfect_model_ranks_calls_by_their_advantage():
     spread = np.asarray(jax.jit(advantages.istar)(batch.table, batch.tokens, nothing, made)).reshape(-1, RESPONSE)[:, 0]
     valid = valid_of(name)
     assert np.corrcoef(spread[valid], np.asarray(batch.true_advantage)[valid])[0, 1] > 0.6
+
+
+def test_no_producer_calls_lapack():
+    """Batched calls of it wait for the threads of the pool that they run in: two at once, from two pairs on two cores, never end."""
+    text = _every_producer.lower(PROCESSES["delayed_reward"](), no_memory(), batch_of("delayed_reward")).as_text()
+    assert "while" in text and "lapack" not in text
