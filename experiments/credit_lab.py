@@ -1,6 +1,6 @@
 """Which credit assignment for which difficulty? Every recipe, assigner and advantage against exact truth, in tabular processes.
 
-    python -m experiments.credit_lab            # about ten minutes on two CPU cores
+    python -m experiments.credit_lab            # about seven minutes on two CPU cores
     python -m experiments.credit_lab --full     # more batches and iterations, and the best of three learning rates: an hour or so
     python -m experiments.credit_lab --smoke    # the same path with very little of everything
 
