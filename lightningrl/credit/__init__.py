@@ -5,7 +5,7 @@ Settings are keyword arguments, fixed with `functools.partial`. Padding earns 0.
 """
 
 from lightningrl.credit.anchors import gigpo, hgpo
-from lightningrl.credit.critic import gae, gae_value_target
+from lightningrl.credit.critic import gae, gae_value_target, lambda_return
 from lightningrl.credit.graph import rewardflow, salt, state_values
 from lightningrl.credit.judged import judged
 from lightningrl.credit.likelihood import hcapo, hindsight, igpo
@@ -29,6 +29,7 @@ __all__ = [
     "igpo",
     "intermediate",
     "judged",
+    "lambda_return",
     "last_only",
     "leave_one_call_out",
     "mt_grpo",

@@ -44,8 +44,24 @@ def gae(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lamb
     return Credit(value=jnp.where(table.valid, advantages, 0.0), kind="advantage")
 
 
+def lambda_return(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lambda_: float = 0.9) -> Credit:
+    """What a rollout comes to from each call, as far as the critic is believed (the λ-return; TD(λ), arXiv 1506.02438, §4).
+
+      Gₜ = r′ₜ + γ [(1-λ) Vₜ₊₁ + λ Gₜ₊₁]
+
+    which is Aₜ + Vₜ of `gae`. λ = 1 gives `reward_to_go` and reads no value where every call is trained, λ = 0 one reward and the
+    critic's word. A return, so an advantage still has to take a baseline off it: a group's mean, where `gae` has taken Vₜ.
+
+    Args, raises: as `gae`.
+
+    Returns:
+      Credit of kind "return", f32[N]; 0 at padding. No gradient flows into the critic.
+    """
+    return Credit(value=gae_value_target(table, evidence, gamma=gamma, lambda_=lambda_), kind="return")
+
+
 def gae_value_target(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lambda_: float = 0.9) -> Array:
-    """The λ-return that goes with `gae`, for the critic to learn: Aₜ + Vₜ, taken before any scaling. f32[N]; 0 at padding."""
+    """`lambda_return`, for the critic of `gae` to learn: Aₜ + Vₜ, taken before any scaling. f32[N]; 0 at padding."""
     return gae(table, evidence, gamma=gamma, lambda_=lambda_).value + _values(table, evidence, gamma)
 
 

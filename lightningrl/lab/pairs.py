@@ -105,6 +105,8 @@ def _assigners() -> list[Pair]:
         _assigner("intermediate", credit.intermediate),
         _assigner("reward_to_go", credit.reward_to_go),
         _assigner("reward_to_go(γ=0.9)", functools.partial(credit.reward_to_go, gamma=0.9)),
+        _assigner("lambda_return", credit.lambda_return, "value"),
+        _assigner("lambda_return(exact)", credit.lambda_return, "exact_value", learned="lambda_return"),
         _assigner("potential_difference", credit.potential_difference, "potential"),
         _assigner("potential_difference(λ=0)", step_alone, "potential"),
         _assigner("potential_difference(λ=0, exact)", step_alone, "exact_potential", learned="potential_difference(λ=0)"),

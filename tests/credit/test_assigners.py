@@ -61,6 +61,18 @@ def gae_value_target_loop(rollout, values):
     return [advantage + value for advantage, value in gae_and_values_loop(rollout, values)]
 
 
+def lambda_return_loop(rollout, values):
+    """Backwards over the calls, by the recursion in returns; the critic does not say what one that is not trained is worth."""
+    rewards = [t.reward for t in rollout.transitions]
+    rewards[-1] += rollout.reward
+    value, total, made = 0.0, 0.0, []
+    for transition, reward, said in reversed(list(zip(rollout.transitions, rewards, values, strict=True))):
+        mixed = (1 - LAMBDA) * value + LAMBDA * total if transition.trainable else total
+        total, value = reward + GAMMA * mixed, said if transition.trainable else reward + GAMMA * value
+        made.append(total)
+    return made[::-1]
+
+
 def value_of(assigner):
     return lambda table, evidence: assigner(table, evidence).value
 
@@ -74,6 +86,7 @@ ASSIGNERS = {
     "intermediate": (value_of(credit.intermediate), intermediate_loop),
     "reward_to_go": (value_of(functools.partial(credit.reward_to_go, gamma=GAMMA)), reward_to_go_loop),
     "gae": (value_of(functools.partial(credit.gae, gamma=GAMMA, lambda_=LAMBDA)), gae_loop),
+    "lambda_return": (value_of(functools.partial(credit.lambda_return, gamma=GAMMA, lambda_=LAMBDA)), lambda_return_loop),
     "gae_value_target": (functools.partial(credit.gae_value_target, gamma=GAMMA, lambda_=LAMBDA), gae_value_target_loop),
 }
 WHOLE_RETURN = jax.jit(functools.partial(credit.identical, include_intermediate=True))
@@ -166,6 +179,7 @@ class ByHandTest(chex.TestCase):
             "intermediate": [9, 8, 12, 0],
             "reward_to_go": [4, 6, 12, 0],
             "gae": [1 + 4 / 64, 0.5, 4, 0],  # errors 1, 0, 4 and γλ = ⅛
+            "lambda_return": [3 + 4 / 64, 4.5, 12, 0],
             "gae_value_target": [3 + 4 / 64, 4.5, 12, 0],
         }
         for name, expected in results.items():
@@ -177,6 +191,7 @@ def test_kinds():
     kinds = {f.__name__: f(table, evidence).kind for f in (credit.identical, credit.intermediate, credit.reward_to_go)}
     assert kinds == {"identical": "return", "intermediate": "return", "reward_to_go": "return"}
     assert jax.jit(credit.gae)(table, evidence).kind == "advantage"
+    assert jax.jit(credit.lambda_return)(table, evidence).kind == "return"
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ AGGREGATIONS = {
     "token-sum": lambda *x: (losses.token_mean(*x)[0], 1.0),
     "seq-mean-token-mean": losses.sequence_mean,
     "seq-mean-token-sum": losses.sequence_sum,
-    "seq-mean-token-sum-norm": lambda *x: (losses.sequence_sum(*x)[0], HORIZON * losses.sequence_sum(*x)[1]),
+    "seq-mean-token-sum-norm": functools.partial(losses.sequence_sum, length=HORIZON),
 }
 # Which settings of verl's are which of ours.
 CLIP = lambda s: {"clip_low": s["clip_ratio_low"], "clip_high": s["clip_ratio_high"]}  # noqa: E731

@@ -108,6 +108,8 @@ class ByHandTest(chex.TestCase):
         for aggregation, pair in expected.items():
             actual = self.variant(functools.partial(aggregation))(loss, tokens.mask, counts)
             np.testing.assert_allclose(actual, pair, rtol=1e-6)
+        normalised = self.variant(functools.partial(losses.sequence_sum, length=8.0))(loss, tokens.mask, counts)
+        np.testing.assert_allclose(normalised, (50.0, 32.0), rtol=1e-6)
 
 
 def test_counts_keep_the_shape_of_micro_batches():
