@@ -233,13 +233,15 @@ def cell_of(job: Job, folder: Path, command: list[str]) -> Cell:
     """What a finished run came to."""
     rows = read_metrics(folder)
     summary, manifest = (json.loads((folder / name).read_text()) for name in ("summary.json", "manifest.json"))
-    rollouts = tokens = 0
+    rollouts = tokens = so_far = 0
     curve = []
     for row in rows:
-        rollouts += row.get("rollouts", 0) + sum(int(value) for name, value in row.items() if name.split("/")[-1] in EXTRA_ROLLOUTS)
+        extra = {name: int(value) for name, value in row.items() if name.split("/")[-1] in EXTRA_ROLLOUTS}
+        rollouts += row.get("rollouts", 0) + sum(n for name, n in extra.items() if "/" not in name)
+        so_far = max(so_far, sum(n for name, n in extra.items() if "/" in name))  # producers say what they have come to
         tokens += row.get("prompt_tokens", 0) + row.get("response_tokens", 0)
         if "heldout_reward" in row:
-            curve.append(Point(row["iteration"], rollouts, tokens, row["heldout_reward"], row.get("unseen_reward")))
+            curve.append(Point(row["iteration"], rollouts + so_far, tokens, row["heldout_reward"], row.get("unseen_reward")))
     return Cell(
         task=job.task,
         arm=job.arm,
@@ -265,10 +267,17 @@ def read_cell(out: Path, job: Job) -> Cell:
 
 
 def report(config: Config, out: Path, tasks: Sequence[str]) -> None:
-    """Writes the report of all that is done of what was asked for."""
+    """Writes the report of all that is done: what was asked for in its order, then what other commands have left in OUT."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    jobs = [Job(task, arm, seed) for task in tasks for arm in config.recipes for seed in seeds]
-    write_report(out, [read_cell(out, job) for job in jobs if cell_path(out, job).exists()], command_of(config))
+    asked = [Job(task, arm, seed) for task in tasks for arm in config.recipes for seed in seeds]
+    files = sorted((out / "cells").glob("*/*/seed*.json"))
+    done = [Job(path.parts[-3], path.parts[-2], int(path.stem.removeprefix("seed"))) for path in files]
+    done = [job for job in done if job.seed != TUNING_SEED]
+    order = {name: i for i, name in enumerate((*tasks, *config.recipes))}
+    done.sort(key=lambda job: (order.get(job.task, len(order)), job.task, order.get(job.arm, len(order)), job.arm, job.seed))
+    jobs = dict.fromkeys([*asked, *done])
+    cells = [read_cell(out, job) for job in jobs if cell_path(out, job).exists()]
+    write_report(out, cells, command_of(config))
 
 
 def command_of(config: Config) -> str:

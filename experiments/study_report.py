@@ -78,11 +78,15 @@ def of_arm(cells: Sequence[Cell], first: Mapping[int, Cell]) -> dict[str, Any]:
     """One arm's numbers.
 
     `after_equal_rollouts` is the held-out reward when as many rollouts were run as the shorter of the two runs has, between
-    evaluations on a straight line. `share_of_rollouts` is what part of the first arm's rollouts it took to come to the reward
-    which that arm, from the same warm start, has at its end; a run that never came there counts as its own whole length,
-    so that the mean is a lower bound where `reached` is less than `seeds`.
+    evaluations on a straight line. `at_half` is the reward after half of the first arm's rollouts, less what that arm has at its end:
+    an interval of 0 and more shows that half of them are enough. `share_of_rollouts` is what part of the first arm's rollouts it took to
+    come to the reward which that arm, from the same warm start, has at its end; a run that never came there counts as its own whole
+    length, so that the mean is a lower bound where `reached` is less than `seeds`. It shows nothing by itself: a noisy
+    curve comes somewhere early by chance, and the share of a run of the same length can't be more than 1.
+
+    Compared are seeds of the same warm start, which those are that have the same reward before training.
     """
-    paired = [cell for cell in cells if cell.seed in first]
+    paired = [cell for cell in cells if cell.seed in first and same_start(cell, first[cell.seed])]
     numbers: dict[str, Any] = {
         "seeds": [cell.seed for cell in cells],
         "before": over_seeds([cell.curve[0].heldout_reward for cell in cells]),
@@ -95,7 +99,11 @@ def of_arm(cells: Sequence[Cell], first: Mapping[int, Cell]) -> dict[str, Any]:
         numbers["less_first"] = over_seeds([cell.curve[-1].heldout_reward - first[cell.seed].curve[-1].heldout_reward for cell in paired])
         return numbers
     if any(cell.curve[-1].unseen_reward is not None for cell in cells):
+        numbers["unseen_before"] = over_seeds([cell.curve[0].unseen_reward or 0.0 for cell in cells])
         numbers["unseen_after"] = over_seeds([cell.curve[-1].unseen_reward or 0.0 for cell in cells])
+    numbers["compared"] = [cell.seed for cell in paired]
+    if not paired:
+        return numbers
     budgets = [min(cell.curve[-1].rollouts, first[cell.seed].curve[-1].rollouts) for cell in paired]
     ours = [reward_at(cell.curve, budget) for cell, budget in zip(paired, budgets, strict=True)]
     theirs = [reward_at(first[cell.seed].curve, budget) for cell, budget in zip(paired, budgets, strict=True)]
@@ -106,11 +114,18 @@ def of_arm(cells: Sequence[Cell], first: Mapping[int, Cell]) -> dict[str, Any]:
     return numbers | {
         "after_equal_rollouts": over_seeds(ours),
         "less_first": over_seeds(np.subtract(ours, theirs)),
+        "at_half": over_seeds(
+            [reward_at(cell.curve, n / 2) - first[cell.seed].curve[-1].heldout_reward for cell, n in zip(paired, whole, strict=True)]
+        ),
         "reached": sum(point is not None for point in reached),
         "rollouts_to_first": over_seeds([rollouts for rollouts, _ in spent]),
         "tokens_to_first": over_seeds([tokens for _, tokens in spent]),
         "share_of_rollouts": over_seeds([rollouts / total if total else 1.0 for (rollouts, _), total in zip(spent, whole, strict=True)]),
     }
+
+
+def same_start(cell: Cell, first: Cell) -> bool:
+    return cell.arm == MORE_SUPERVISED or cell.curve[0].heldout_reward == first.curve[0].heldout_reward
 
 
 def over_seeds(values: Any) -> Interval:
@@ -144,11 +159,14 @@ def report_text(results: Mapping[str, Any]) -> str:
             f"## {task}",
             "",
             f"Greedy reward on {of_task['heldout_questions']} held-out questions; means over seeds, with 95 % bootstrap intervals. "
-            f"*Less* compares with `{first}` from the same warm starts after equal numbers of rollouts, extra ones counted; *rollouts* "
-            f"and *tokens* are those until the reward that `{first}` has at its end, and *share* is their part of its rollouts.",
+            f"*Less* compares with `{first}` from the same warm starts after equal numbers of rollouts, extra ones counted; "
+            f"*at half* after half of the rollouts of `{first}`, with what that has at its end. *Rollouts* and *tokens* are those until "
+            "that reward, and *share* is their part of its rollouts, which may be below 1 by chance. *Unseen* are questions about "
+            "databases that were not trained on.",
             "",
-            f"| recipe | seeds | before | after | less `{first}` | came there | rollouts | tokens | share | minutes a run |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| recipe | seeds | before | after | unseen before → after | less `{first}` | at half | came there "
+            "| rollouts | tokens | share | minutes a run |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
             *(arm_row(arm, numbers) for arm, numbers in arms.items()),
             "",
         ]
@@ -160,14 +178,18 @@ def report_text(results: Mapping[str, Any]) -> str:
 
 def arm_row(arm: str, numbers: Mapping[str, Any]) -> str:
     reached = numbers.get("reached")
-    bound = "≥ " if reached is not None and reached < len(numbers["seeds"]) else ""
+    compared = len(numbers.get("compared", numbers["seeds"]))
+    bound = "≥ " if reached is not None and reached < compared else ""
+    unseen = "unseen_after" in numbers
     cells = [
         f"`{arm}`",
         str(len(numbers["seeds"])),
         f"{numbers['before'][0]:.3f}",
         text_of(numbers["after"]),
-        text_of(numbers["less_first"], "+.3f"),
-        "" if reached is None else f"{reached} of {len(numbers['seeds'])}",
+        f"{numbers['unseen_before'][0]:.3f} → {text_of(numbers['unseen_after'])}" if unseen else "",
+        text_of(numbers["less_first"], "+.3f") if compared else "another warm start",
+        "" if reached is None else text_of(numbers["at_half"], "+.3f"),
+        "" if reached is None else f"{reached} of {compared}",
         "" if reached is None else f"{bound}{numbers['rollouts_to_first'][0]:,.0f}",
         "" if reached is None else f"{bound}{numbers['tokens_to_first'][0] / 1e6:.2f} M",
         "" if reached is None else bound + text_of(numbers["share_of_rollouts"], ".2f"),

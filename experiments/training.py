@@ -195,9 +195,11 @@ def summarize(config: Any, data: Data[Any], fitted: Fitted, seconds: float) -> d
         "controls": None,
         "continuing_calls": sum(row["continuing_calls"] for row in rows),
         "continuing_calls_exact": sum(row["continuing_calls_exact"] for row in rows),
-        "logprob_gap_max": max((row["logprob_gap_max"] for row in rows), default=None),
-        "logprob_gap_mean": max((row["logprob_gap_mean"] for row in rows), default=None),
+        # Of rollouts of an older policy there is no gap between two that should be the same.
+        "logprob_gap_max": max((row["logprob_gap_max"] for row in rows if "logprob_gap_max" in row), default=None),
+        "logprob_gap_mean": max((row["logprob_gap_mean"] for row in rows if "logprob_gap_mean" in row), default=None),
         "train_questions": len(data.train),
+        "programs_compiled": fitted.compiled,  # of the train step, by this start
     }
     if data.unseen:
         summary |= {

@@ -72,19 +72,27 @@ class Checkpoints:
               sharding that they name here, which need not be the one they were saved with; NumPy leaves as NumPy.
 
         Raises:
-            UserError: no such checkpoint, or it was written under another config or for another tree; the sentence
-              names the first thing that differs.
+            UserError: no such checkpoint, it is damaged, or it was written under another config or for another tree; the
+              sentence names the first thing that differs.
         """
         if step not in self._manager.all_steps():
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {sorted(self._manager.all_steps())}")
-        with _uninterrupted():
-            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about = self._read(step, about=ocp.args.JsonRestore())
         _check_same(f"checkpoint {step} in {self.directory}", "setting", _flat(about["config"]), _flat(self._config))
         _check_same(f"checkpoint {step} in {self.directory}", "array", about["layout"], _layout(like))
         target = jax.tree.map(_restored_as, like)
-        with _uninterrupted():
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
-        return state, about["host"]
+        return self._read(step, state=ocp.args.StandardRestore(target)), about["host"]
+
+    def _read(self, step: int, **item: Any) -> Any:
+        try:
+            with _uninterrupted():
+                return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
+        except Exception as error:  # orbax, tensorstore and json each have their own for a file that is cut or gone
+            damage = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"checkpoint {step} in {self.directory} is damaged ({damage[0][:200]}): delete its folder, and the run goes on "
+                "from the one before it, if there is one"
+            ) from error
 
     def close(self) -> None:
         """Frees the threads that orbax holds."""

@@ -247,6 +247,8 @@ def same_manifest(out: Path, config: FitConfig, data_hash: str) -> bool:
     """Whether `out` holds a run of these settings and data; False if it holds none. Raises UserError for another run."""
     path = out / "manifest.json"
     if not path.exists():
+        if any((out / "checkpoints").glob("[0-9]*")):
+            raise UserError(f"{out} holds checkpoints but no manifest.json, so nobody knows whose run they are; give another --out")
         return False
     try:
         before = json.loads(path.read_text())

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from lightningrl.errors import UserError
+
 REWARD_CURVES = {"train_reward": "training tasks", "heldout_reward": "held-out tasks", "unseen_reward": "unseen databases"}
 TIMING_SUFFIXES = ("_seconds", "_per_second")
 
@@ -102,9 +104,19 @@ class NoLog:
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All complete lines of the `metrics.jsonl` in a directory, in order; none if there is none."""
+    """All complete lines of the `metrics.jsonl` in a directory, in order; none if there is none.
+
+    Raises UserError for a line that is no JSON.
+    """
     path = pathlib.Path(directory) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is damaged, it is no JSON ({error}): delete the line") from error
+    return rows
 
 
 def without_timings(row: Mapping[str, Any]) -> dict[str, Any]:

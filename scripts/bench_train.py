@@ -3,9 +3,10 @@
 python scripts/bench_train.py --json FILE [--python PYTHON]
 
 One update on 8 tasks × 8 rollouts × 4 calls recorded from the text-to-SQL agent (scripts/bench_train_calls.npz; of one or two rollouts
-of every task only the lengths are recorded, their tokens after the shared prompt are made up). Every peer computes the same loss of the
-same response tokens on a Llama decoder of the same shape, in float32 on two threads, forward, backward, clip and AdamW. All run in this
-sitting, one at a time and in turns. PYTHON has torch and TRL in the versions of scripts/goldens/verl.txt; without it such an
+of every task only the lengths are recorded, their tokens after the shared prompt are made up). Every peer computes a clipped
+policy-gradient loss of the same response tokens and advantages (ours weighs rollouts alike, torch's tokens, TRL's as it does) on a
+Llama decoder of the same shape, in float32 on two threads, forward, backward, gradient clipping and AdamW. All run in this sitting,
+one at a time and in turns. PYTHON has torch and TRL in the versions of scripts/goldens/verl.txt; without it such an
 environment is made in build/. Tokens per second are of *useful* tokens: those of all prompts and responses, however they were computed.
 """
 
@@ -188,7 +189,7 @@ def measure(hidden: int, rollouts: list[Rollout], python: pathlib.Path | None, b
         if isinstance(runner, Ours):
             result[name] |= {"flops": runner.flops(), "flops_per_second": runner.flops() / seconds, "bytes": runner.bytes()}
         else:
-            result[name] |= {"peak_bytes_beyond_libraries": runner.peak_bytes, "setting": runner.ready["ready"]}
+            result[name] |= {"peak_bytes_beyond_libraries": runner.peak_bytes, "setting": runner.ready["setting"]}
             result[name] |= {"tried_seconds": runner.ready["tried"]}
             runner.close()
     return result

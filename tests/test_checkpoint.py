@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,21 @@ def test_a_checkpoint_of_another_config_is_refused_by_name(tmp_path: pathlib.Pat
     Checkpoints(tmp_path, config=same).restore(0, {"w": jnp.zeros(2)})
     with pytest.raises(UserError, match=difference):
         Checkpoints(tmp_path, config=config).restore(0, {"w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("item", ["about", "state"])
+def test_a_damaged_checkpoint_gets_a_sentence_and_the_one_before_is_whole(tmp_path: pathlib.Path, item: str) -> None:
+    written = Checkpoints(tmp_path)
+    for step in (0, 1):
+        written.save(step, {"w": jnp.full(2, step)}, {"step": step})
+    for file in [path for path in (tmp_path / "1" / item).rglob("*") if path.is_file()]:
+        file.write_bytes(file.read_bytes()[:3])
+    with pytest.raises(UserError, match=f"checkpoint 1 in {tmp_path} is damaged .*: delete its folder") as refused:
+        Checkpoints(tmp_path).restore(1, {"w": jnp.zeros(2, jnp.int32)})
+    assert "\n" not in str(refused.value)
+    shutil.rmtree(tmp_path / "1")
+    again = Checkpoints(tmp_path)
+    assert again.latest() == 0 and again.restore(0, {"w": jnp.zeros(2, jnp.int32)})[1] == {"step": 0}
 
 
 @pytest.mark.parametrize(("leaf", "message"), [(jax.random.key(0), "store jax.random.key_data of it"), (3, "not an array")])

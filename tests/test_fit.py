@@ -157,6 +157,15 @@ def test_a_damaged_manifest_gets_a_sentence(config: CommandConfig, text: str) ->
     assert path.read_text() == text
 
 
+def test_checkpoints_of_nobody_are_left_alone(config: CommandConfig) -> None:
+    out = pathlib.Path(config.out)
+    for folder in ("checkpoints/7", "start"):
+        (out / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoints but no manifest.json"):
+        fit(agent, TASKS, None, config)
+    assert (out / "start").is_dir() and not (out / "manifest.json").exists()
+
+
 @pytest.mark.parametrize(
     ("tasks", "heldout", "sentence"),
     [

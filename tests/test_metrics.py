@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from lightningrl.metrics import MetricsLog, plot_rewards, without_timings
+from lightningrl.errors import UserError
+from lightningrl.metrics import MetricsLog, plot_rewards, read_metrics, without_timings
 
 
 def events(directory: pathlib.Path) -> list[tuple[int, str, float]]:
@@ -82,6 +83,12 @@ def test_a_line_cut_short_is_dropped(tmp_path: pathlib.Path) -> None:
     log.append(1, {"reward": 0.25})
     log.close()
     assert log.read() == [{"iteration": 0, "reward": 0.5}, {"iteration": 1, "reward": 0.25}]
+
+
+def test_a_damaged_line_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"iter\n{"iteration": 2}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*metrics.jsonl is damaged"):
+        read_metrics(tmp_path)
 
 
 def test_timings_are_told_by_their_names() -> None:

@@ -86,7 +86,7 @@ def pack(
     if longest > capacity:
         raise ValueError(f"a call of {longest} tokens does not fit a row of {capacity}: raise the row length or lower the context")
     responses = np.array([len(transitions[i].response_ids) for i in sequences.index], np.int64)
-    most_edges = _edges(settings, int(responses.sum()), int(sequences.added.sum()))
+    most_edges = _edges(settings, multiple, int(responses.sum()), int(sequences.added.sum()))
     pieces = [
         _Piece(np.arange(a, b), int(sequences.added[a:b].sum() + sequences.shared[a]), int(responses[a:b].sum()))
         for a, b in split(sequences, responses, tokens=capacity, most_edges=most_edges)
@@ -120,11 +120,17 @@ class _Piece:
     edges: int  # response tokens of all members; a token that several of them hold counts for each
 
 
-def _edges(settings: RowSettings, edges: int, tokens: int) -> int:
-    """E: the smallest table that does not have a micro-batch run out of edges before it runs out of tokens, with a tenth to spare."""
-    wanted = min(edges, 1.1 * edges * settings.tokens / tokens)
-    size = settings.edges
-    while size < wanted and size < MOST_EDGES * settings.edges:
+def _edges(settings: RowSettings, multiple: int, edges: int, tokens: int) -> int:
+    """E: the smallest table that does not have a micro-batch run out of edges before it runs out of tokens, with a tenth to spare.
+
+    Where `multiple` asks for more rows than the settings, a micro-batch holds more tokens, and gets as many times the edges.
+    """
+    most = max(settings.rows(length, multiple) * length for length in settings.lengths)
+    times = max(1, -(-most // settings.tokens))
+    wanted = min(edges, 1.1 * edges * times * settings.tokens / tokens)
+    least = times * settings.edges
+    size = least
+    while size < wanted and size < MOST_EDGES * least:
         size *= 2
     return size
 

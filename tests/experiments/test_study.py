@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from experiments import study, text_to_sql
-from experiments.study import Config, Job, cell_of, check, chosen_tasks, command_of, same_study, tuning_jobs
+from experiments.study import TUNING_SEED, Config, Job, cell_of, check, chosen_tasks, command_of, same_study, tuning_jobs
 from experiments.study_report import MORE_SUPERVISED, Cell, Point
 from lightningrl.errors import UserError
 
@@ -64,7 +64,8 @@ def test_the_command_of_a_study_makes_it_again() -> None:
 
 
 def write_cell(out: Path, job: Job, reward: float) -> None:
-    made = Cell(job.task, job.arm, job.seed, job.variant, [], [Point(0, 0, 0, reward)], [], 1, 8, 1.0, {})
+    made_with = {"commit": "c", "machine": "m", "python": "3", "versions": {}}
+    made = Cell(job.task, job.arm, job.seed, job.variant, [], [Point(0, 0, 0, reward)], [], 1, 8, 1.0, made_with)
     path = study.cell_path(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(made)))
@@ -85,14 +86,27 @@ def test_extra_rollouts_are_counted(tmp_path: Path) -> None:
     spent = {"rollouts": 8, "prompt_tokens": 70, "response_tokens": 30, "trained_tokens": 50}
     rows = [
         {"iteration": 0, "heldout_reward": 0.2},
-        {"iteration": 1, **spent, "train_reward": 0.3, "branch_value/branch_rollouts": 4.0},
-        {"iteration": 2, **spent, "train_reward": 0.4, "branch_rollouts": 2.0, "heldout_reward": 0.5, "unseen_reward": 0.1},
-    ]
+        {"iteration": 1, **spent, "train_reward": 0.3, "branches/branch_rollouts": 16.0, "branch_rollouts": 2.0},
+        {"iteration": 2, **spent, "train_reward": 0.4, "branches/branch_rollouts": 32.0, "heldout_reward": 0.5, "unseen_reward": 0.1},
+    ]  # what a producer has had run so far, and what was branched in the iteration itself
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "summary.json").write_text(json.dumps({"heldout_questions": 8, "seconds": 5.0}))
     (tmp_path / "manifest.json").write_text(json.dumps({name: "x" for name in study.MANIFEST}))
     cell = cell_of(Job("sql", "gigpo", 3), tmp_path, ["python"])
-    assert cell.curve == [Point(0, 0, 0, 0.2), Point(2, 22, 200, 0.5, 0.1)] and cell.train_reward == [0.3, 0.4]
+    assert cell.curve == [Point(0, 0, 0, 0.2), Point(2, 50, 200, 0.5, 0.1)] and cell.train_reward == [0.3, 0.4]
+
+
+def test_the_report_is_of_all_that_is_there(tmp_path: Path) -> None:
+    """A second command for one task takes nothing out of the report of the first."""
+    for job in (Job("sql", "lightningrl", 0), Job("qa", "gigpo", 3), Job("qa", "lightningrl", 3), Job("sql", "lightningrl", TUNING_SEED)):
+        write_cell(tmp_path, job, 0.5)
+    study.report(Config(task="qa", recipes=("lightningrl",), seeds=1), tmp_path, ("qa",))
+    tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert {task: {arm: x["seeds"] for arm, x in of_task["arms"].items()} for task, of_task in tasks.items()} == {
+        "qa": {"lightningrl": [3], "gigpo": [3]},
+        "sql": {"lightningrl": [0]},
+    }
+    assert list(tasks) == ["qa", "sql"] and list(tasks["qa"]["arms"]) == ["lightningrl", "gigpo"]
 
 
 TINY = "iterations=1,heldout_questions=4,questions=40,demonstrations=40,tasks_per_iteration=2,rollouts_per_task=2,unseen_databases=0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -79,11 +80,38 @@ def test_a_seed_that_the_first_recipe_has_not_yet_is_not_compared() -> None:
     assert results["seeds"] == [0, 1] and results["share_of_rollouts"] == pytest.approx((0.5, 0.5, 0.5))
 
 
+def test_half_of_the_rollouts_against_the_end() -> None:
+    """After 100 of 200 rollouts gigpo has 0.6, all that the first recipe has at its end; the first itself has 0.4."""
+    assert numbers("gigpo")["at_half"] == pytest.approx((0.0, 0.0, 0.0))
+    assert numbers("lightningrl")["at_half"] == pytest.approx((-0.2, -0.2, -0.2))
+    assert numbers("vineppo")["at_half"][0] == pytest.approx(0.2 + 0.4 / 3 - 0.6)
+
+
+def test_two_runs_of_one_process_are_no_saving_at_half() -> None:
+    """Shares of noisy runs of the same process are below 1 nearly always; `at_half` says that half is not enough."""
+    rng = np.random.default_rng(0)
+    shares, halves = [], []
+    for _ in range(40):
+        noisy = lambda arm: [cell(arm, s, [0.2, *(x + 0.03 * rng.normal() for x in (0.5, 0.7, 0.75, 0.76))]) for s in range(5)]  # noqa: E731
+        arm = results_of([*noisy("lightningrl"), *noisy("gigpo")], "python")["tasks"]["sql"]["arms"]["gigpo"]
+        shares.append(arm["share_of_rollouts"][2] < 1)
+        halves.append(arm["at_half"][1] >= 0)
+    assert np.mean(shares) > 0.3 and np.mean(halves) < 0.05
+
+
+def test_another_warm_start_is_not_compared() -> None:
+    other = cell("gigpo", 0, [0.3, 0.6, 0.7])
+    arm = results_of([*FIRST, other, FASTER[1]], "python")["tasks"]["sql"]["arms"]["gigpo"]
+    assert (arm["seeds"], arm["compared"]) == ([0, 1], [1]) and arm["less_first"][0] == pytest.approx(0.1)
+    alone = results_of([*FIRST, other], "python")["tasks"]["sql"]["arms"]["gigpo"]
+    assert alone["compared"] == [] and "less_first" not in alone
+
+
 def test_what_is_written_can_be_read_and_seen(tmp_path: Path) -> None:
     cells = [*ALL, cell("lightningrl", 0, [0.1, 0.2], task="math")]
     write_report(tmp_path, cells, "python -m experiments.study --seeds=2")
     text = (tmp_path / "report.md").read_text()
-    assert "python -m experiments.study --seeds=2" in text and "| `gigpo` | 2 | 0.200 | 0.700 [0.700, 0.700] | +0.100" in text
+    assert "python -m experiments.study --seeds=2" in text and "| `gigpo` | 2 | 0.200 | 0.700 [0.700, 0.700] |  | +0.100" in text
     assert "≥ 200" in text and "## math" in text and text.count("- commit") == 1
     assert json.loads((tmp_path / "results.json").read_text())["tasks"]["sql"]["arms"]["gigpo"]["reached"] == 2
     for name in ("curves", "efficiency"):

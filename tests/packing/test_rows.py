@@ -171,11 +171,20 @@ def test_every_token_is_packed_once_and_within_the_limits(settings: RowSettings,
         assert count % multiple == 0
         assert count * length <= max(settings.tokens, multiple * length)
     assert len(packed.edges.mask) == len(packed.rows)
-    assert packed.edges.mask.shape[1] in {settings.edges * 2**i for i in range(4)}
+    times = -(-max(settings.tokens, multiple * settings.lengths[-1]) // settings.tokens)
+    assert packed.edges.mask.shape[1] in {times * settings.edges * 2**i for i in range(4)}
     expected = {(i, k): int(token) for i, t in enumerate(transitions) for k, token in enumerate(t.response_ids)}
     assert by_edge(packed, packed.edges.token) == expected
     assert packed.edges.mask.sum() == len(expected)
     assert sum(int((np.asarray(r.end) > 0).sum()) for r in packed.rows) == packed.computed_tokens
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_more_devices_have_fewer_micro_batches(multiple: int) -> None:
+    """A row of 16 tokens a device: edges must not run out before the rows of all devices are full."""
+    calls = [call(range(10 * n, 10 * n + 12), [1, 2, 3, 4], 0) for n in range(64)]
+    packed = pack(calls, range(64), RowSettings((16,), 16, 16), multiple=multiple, share=False)
+    assert len(packed.rows) == 64 // multiple and all((r.end > 0).all() for r in packed.rows)
 
 
 def test_a_greedy_call_is_scored_at_temperature_1() -> None:

@@ -1,0 +1,36 @@
+"""What an experiment says of a run, from metrics that were made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments.text_to_sql import Config
+from experiments.training import Data, summarize
+from lightningrl.fit import Fitted
+
+SPENT = {"rollouts": 8, "prompt_tokens": 70, "response_tokens": 30, "continuing_calls": 4, "continuing_calls_exact": 4}
+ROWS: tuple[dict[str, Any], ...] = (
+    {"iteration": 0, "heldout_reward": 0.25},
+    {"iteration": 1, **SPENT, "logprob_gap_max": 2e-5, "logprob_gap_mean": 1e-7},
+    {"iteration": 2, **SPENT, "logprob_gap_max": 1e-5, "logprob_gap_mean": 3e-7, "heldout_reward": 0.5},
+)
+
+
+def summary_of(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    fitted = Fitted(policy=None, metrics=rows, out=Path("out"), compiled=3)  # type: ignore[arg-type]  # nobody asks for the policy
+    return summarize(Config(), Data(train=[], heldout=[]), fitted, 5.0)
+
+
+def test_a_run_is_summed_up() -> None:
+    said = summary_of(ROWS)
+    assert (said["heldout_reward_before"], said["heldout_reward_after"], said["iterations"]) == (0.25, 0.5, 2)
+    assert (said["rollouts"], said["tokens"], said["continuing_calls_exact"]) == (16, 200, 8)
+    assert (said["logprob_gap_max"], said["logprob_gap_mean"], said["programs_compiled"]) == (2e-5, 3e-7, 3)
+
+
+def test_a_run_that_sampled_ahead_has_no_gap_to_sum_up() -> None:
+    """With --max_staleness=1 rollouts are of an older policy than the one that scores them."""
+    ahead = tuple({name: x for name, x in row.items() if "gap" not in name} for row in ROWS)
+    said = summary_of(ahead)
+    assert said["logprob_gap_max"] is None and said["logprob_gap_mean"] is None and said["rollouts"] == 16
