@@ -45,7 +45,7 @@ TUNING_SEED = 1000  # for choosing settings, and never reported
 @dataclasses.dataclass(frozen=True)
 class Config:
     task: str = setting("sql", "sql, qa, math, several of them comma-separated, or all")
-    recipes: tuple[str, ...] = setting(("lightningrl", "lightningrl_rtg", "gigpo", "ppo"), "what is compared with the first of them")
+    recipes: tuple[str, ...] = setting(("lightningrl", "reinforce_pp", "gigpo", "ppo"), "what is compared with the first of them")
     seeds: int = setting(3, "runs of each")
     first_seed: int = setting(0, "the first of these seeds")
     settings: tuple[str, ...] = setting((), "settings of every run, as NAME=VALUE, comma-separated")

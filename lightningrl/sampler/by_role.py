@@ -10,6 +10,7 @@ import numpy as np
 
 from lightningrl.model.params import Params
 from lightningrl.sampler.engine import OnTokens, PolicySampler
+from lightningrl.sampler.metrics import exposition
 from lightningrl.types import Completion, SamplingParams
 
 
@@ -39,6 +40,10 @@ class RoleSampler:
     def busy_seconds(self) -> float:
         """Of the busiest sampler: they run side by side, and their sum could be more than the time that has passed."""
         return max(sampler.busy_seconds for sampler in self._all)
+
+    def metrics_text(self) -> str:
+        """For `/metrics`: every sampler's, by its role; of all other roles as "*"."""
+        return exposition({**{role: s.measured() for role, s in self._samplers.items()}, "*": self._others.measured()})
 
     def submit(
         self, prompt_ids: np.ndarray, params: SamplingParams, key: tuple[int, int], on_tokens: OnTokens | None = None

@@ -8,11 +8,12 @@ share a turn never changes what a request gets (see `steps.py`), so arrival orde
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from lightningrl.model.cache import KVCache, cache_bytes, init_cache
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.params import Params
-from lightningrl.sampler.metrics import SamplerCounts, exposition
+from lightningrl.sampler.metrics import Gauges, SamplerCounts, exposition
 from lightningrl.sampler.prefix_cache import PrefixCache
 from lightningrl.sampler.request import OnTokens, Request
 from lightningrl.sampler.slots import Slots, plan_reading
@@ -109,9 +110,9 @@ class PolicySampler:
         """Time that was not spent in waiting for work, for the time split of metrics."""
         return self.counts.busy_seconds
 
-    def metrics_text(self) -> str:
-        """For `/metrics`."""
-        return exposition(
+    def measured(self) -> tuple[SamplerCounts, Gauges]:
+        """What it has counted, and how things stand."""
+        return (
             self.counts,
             {
                 "slots": ("Slots there are.", self.settings.slots),
@@ -123,6 +124,10 @@ class PolicySampler:
                 "policy_version": ("Version of the weights.", self._version),
             },
         )
+
+    def metrics_text(self) -> str:
+        """For `/metrics`."""
+        return exposition({"": self.measured()})
 
     def submit(
         self, prompt_ids: np.ndarray, params: SamplingParams, key: tuple[int, int], on_tokens: OnTokens | None = None
@@ -188,8 +193,9 @@ class PolicySampler:
         with self._wake:
             left = [r for _, r in self._slots.taken()] + list(self._waiting)
             self._waiting.clear()
+            self._in_flight = 0
         for request in left:
-            if not request.future.done():
+            with contextlib.suppress(InvalidStateError):  # answered, or its caller went away
                 request.future.set_exception(error)
 
     def _turn(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 
 
@@ -41,22 +42,33 @@ COUNTERS = {
 }
 
 
-def exposition(counts: SamplerCounts, gauges: Mapping[str, tuple[str, float]]) -> str:
-    """The text of `/metrics`: the counts as counters, and gauges by name with their help text."""
+Gauges = Mapping[str, tuple[str, float]]  # by name: help text and value
+
+
+def exposition(samplers: Mapping[str, tuple[SamplerCounts, Gauges]]) -> str:
+    """The text of `/metrics`: the counts as counters, and gauges.
+
+    Args:
+      samplers: what each has counted, by the role that it answers, which becomes a label; "" has none.
+    """
     lines: list[str] = []
     for name, text in COUNTERS.items():
-        lines += _metric(f"lightningrl_sampler_{name}_total", "counter", text, getattr(counts, name))
-    derived = {
-        "cache_hit_ratio": ("Share of the prompt tokens that was taken from the prefix cache.", counts.cache_hit_ratio),
-        "tokens_per_second": (
-            "Tokens sampled per busy second.",
-            counts.sampled_tokens / counts.busy_seconds if counts.busy_seconds else 0.0,
-        ),
-    }
-    for name, (text, value) in (derived | dict(gauges)).items():
-        lines += _metric(f"lightningrl_sampler_{name}", "gauge", text, value)
+        lines += _metric(f"{name}_total", "counter", text, {role: getattr(counts, name) for role, (counts, _) in samplers.items()})
+    of_roles = {role: {**_derived(counts), **gauges} for role, (counts, gauges) in samplers.items()}
+    for name, (text, _) in next(iter(of_roles.values())).items():
+        lines += _metric(name, "gauge", text, {role: gauges[name][1] for role, gauges in of_roles.items()})
     return "\n".join(lines) + "\n"
 
 
-def _metric(name: str, kind: str, text: str, value: float) -> Iterable[str]:
-    return f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {float(value)!r}"
+def _derived(counts: SamplerCounts) -> Gauges:
+    per_second = counts.sampled_tokens / counts.busy_seconds if counts.busy_seconds else 0.0
+    return {
+        "cache_hit_ratio": ("Share of the prompt tokens that was taken from the prefix cache.", counts.cache_hit_ratio),
+        "tokens_per_second": ("Tokens sampled per busy second.", per_second),
+    }
+
+
+def _metric(name: str, kind: str, text: str, values: Mapping[str, float]) -> Iterable[str]:
+    full = f"lightningrl_sampler_{name}"
+    labels = {role: f"{{role={json.dumps(role)}}}" if role else "" for role in values}
+    return [f"# HELP {full} {text}", f"# TYPE {full} {kind}", *(f"{full}{labels[role]} {float(x)!r}" for role, x in values.items())]

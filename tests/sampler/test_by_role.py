@@ -42,6 +42,10 @@ def test_a_call_goes_to_the_weights_of_its_role() -> None:
             np.testing.assert_array_equal(done.token_ids, alone[seed].token_ids)
             np.testing.assert_array_equal(done.logprobs, alone[seed].logprobs)
             assert done.policy_version == 0
+        values = dict(line.rsplit(" ", 1) for line in sampler.metrics_text().splitlines() if not line.startswith("#"))
+        requests = {role: float(values[f'lightningrl_sampler_requests_total{{role="{role}"}}']) for role in ("reader", "writer", "*")}
+        assert requests == {"reader": 1.0, "writer": 1.0, "*": 2.0}
+        assert sampler.metrics_text().count("# TYPE lightningrl_sampler_requests_total counter\n") == 1
         assert sampler.context_length == 64 and sampler.queue_length == 0 and sampler.busy_seconds > 0
         sampler.set_params({"reader": params(3), "writer": params(2)}, 5)
         again = {role: sampler.submit(PROMPT, SamplingParams(8, role=role), (3, 4)).result(60) for role in ("reader", "judge")}
