@@ -3,8 +3,9 @@
     python -m experiments.math_tool --out=runs/math                          # on problems that it makes up itself
     python -m experiments.math_tool --out=runs/gsm8k --data_dir=DIR --context_length=384 --vocab_size=4096
 
-The reward is numeric exact match of the final answer and nothing else. Held-out problems are never trained on, nor shown in
-the warm start. With real data, `heldout` are problems of GSM8K's test set and `unseen` those of SVAMP's challenge set.
+The reward is numeric exact match of the final answer and nothing else; `--answer_tolerance=0.01` makes it the loose match of Calc-X.
+Held-out problems are never trained on, nor shown in the warm start. With real data, `heldout` are problems of GSM8K's test set and
+`unseen` those of SVAMP's challenge set.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from experiments.agents import math_autogen
 from experiments.training import Data, Experiment, TrainingConfig
 from lightningrl import flags
 from lightningrl.config import setting
+from lightningrl.errors import UserError
 from lightningrl.fit import Fitted
 from lightningrl.runtime.store import Store
 from lightningrl.tasks.math_tool.calculator import calculate
@@ -48,6 +52,15 @@ class Config(TrainingConfig):
     iterations: int = setting(30, "times the agents run and the policy is updated")
     reading_steps: int = setting(200, "updates in which a new policy learns to read the demonstrations, prompts included")
     imitation_steps: int = setting(240, "updates on the demonstrations' responses after that")
+    # None and not 0: runs from before there was this setting go on.
+    answer_tolerance: float | None = setting(
+        None, "share of the right answer that an answer may be off by and still be paid, in Calc-X 0.01; none: exact match"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_tolerance is not None and not 0 <= self.answer_tolerance < math.inf:  # NaN too
+            raise UserError(f"answer_tolerance={self.answer_tolerance} must be at least 0, and finite")
 
 
 def load_data(config: Config, folder: Path) -> Data[Problem]:
@@ -76,18 +89,26 @@ def task_of(problem: Problem) -> Task:
     return Task(problem.id, {"question": problem.question}, target)
 
 
-def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
-    """Numeric exact match: 1 if the answer is the right number, else 0."""
-    return float(numeric_match(answer, target["gold"]))
+def reward(task: dict[str, Any], target: Any, answer: Any, *, tolerance: Fraction | float = 0) -> float:
+    """Numeric exact match: 1 if the answer is the right number, or within `tolerance` of it, else 0."""
+    return float(numeric_match(answer, target["gold"], relative_tolerance=tolerance))
+
+
+def reward_of(config: Config) -> Callable[..., float]:
+    """The reward with the tolerance of the settings, where 0.03 is three hundredths and not the float next to it."""
+    return functools.partial(reward, tolerance=Fraction(str(config.answer_tolerance or 0)))
 
 
 def by_steps(fitted: Fitted, data: Data[Problem]) -> Mapping[str, Any]:
-    """Held-out accuracy of the last evaluation by the length of the gold chain, and under the loose metric of Calc-X."""
+    """Held-out accuracy of the last evaluation by the length of the gold chain, and under the loose metric of Calc-X.
+
+    The first is exact whatever the reward's tolerance is. A run that failed counts as wrong.
+    """
     problems = {problem.id: problem for problem in data.heldout}
     right: dict[int, list[bool]] = collections.defaultdict(list)
     loose: list[bool] = []
     with Store(fitted.out / "rollouts.sqlite") as store:
-        answers = {r.task.id: r.answer for r in store.read("heldout", fitted.metrics[-1]["iteration"])}
+        answers = {r.task.id: r.answer for r in store.read("heldout", fitted.metrics[-1]["iteration"]) if r.status == "ok"}
     for id, problem in problems.items():
         right[len(problem.chain)].append(numeric_match(answers.get(id), problem.answer))
         loose.append(numeric_match(answers.get(id), problem.answer, relative_tolerance=CALC_X_TOLERANCE))
@@ -97,7 +118,7 @@ def by_steps(fitted: Fitted, data: Data[Problem]) -> Mapping[str, Any]:
 
 EXPERIMENT = Experiment(
     agent=lambda config: functools.partial(math_autogen.answer, calculate=calculate),
-    reward=reward,
+    reward=reward_of,
     load=load_data,
     read=problem_from,
     task_of=task_of,

@@ -114,16 +114,15 @@ def reward(task: dict[str, Any], target: Any, answer: Any) -> float:
 
 
 def report(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
-    """Exact match and F1 on the held-out questions before and after, and the reward by hops after."""
+    """Exact match and F1 on the held-out questions before and after, and the reward by hops after. A run that failed counts as 0."""
     questions = {q.id: q for q in data.heldout}
     with Store(fitted.out / "rollouts.sqlite") as store:
         before, after = (
-            [(questions[r.task.id], r) for r in store.read("heldout", iteration) if r.status == "ok"]
-            for iteration in (0, fitted.metrics[-1]["iteration"])
+            [(questions[r.task.id], r) for r in store.read("heldout", iteration)] for iteration in (0, fitted.metrics[-1]["iteration"])
         )
     by_hops: dict[int, list[float]] = collections.defaultdict(list)
     for question, rollout in after:
-        by_hops[question.hops].append(rollout.reward)
+        by_hops[question.hops].append(rollout.reward if rollout.status == "ok" else 0.0)
     return {
         **{f"{name}_before": value for name, value in accuracy(before).items()},
         **{f"{name}_after": value for name, value in accuracy(after).items()},
@@ -132,10 +131,13 @@ def report(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
 
 
 def accuracy(runs: Sequence[tuple[Question, Rollout]]) -> dict[str, float]:
-    """SQuAD's numbers, without what the reward pays for form."""
-    said = [(metric.answer_in(rollout.answer or "") or "", question.answers) for question, rollout in runs]
-    scores = {"exact_match": metric.exact_match, "f1": metric.f1}
-    return {name: float(np.mean([score(text, answers) for text, answers in said])) if said else 0.0 for name, score in scores.items()}
+    """SQuAD's numbers, without what the reward pays for form; 0 of a run that failed, which may have had an answer before it did."""
+
+    def mean(score: Callable[[str, Sequence[str]], float]) -> float:
+        scores = [score(metric.answer_in(r.answer or "") or "", q.answers) if r.status == "ok" else 0.0 for q, r in runs]
+        return float(np.mean(scores)) if scores else 0.0
+
+    return {"exact_match": mean(metric.exact_match), "f1": mean(metric.f1)}
 
 
 def agent(config: Config) -> Callable[..., Any]:
@@ -148,7 +150,7 @@ SEARCH_OF_A_WORLD = functools.partial(search_as_text, results=chains.RESULTS)
 
 EXPERIMENT = Experiment(
     agent=agent,
-    reward=reward,
+    reward=lambda config: reward,
     load=load_data,
     read=question_from,
     task_of=task_of,

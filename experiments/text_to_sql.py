@@ -115,7 +115,7 @@ def by_hardness(fitted: Fitted, data: Data[Question]) -> Mapping[str, Any]:
 
 EXPERIMENT = Experiment(
     agent=lambda config: functools.partial(sql_langgraph.answer, execute=run_as_text),
-    reward=reward,
+    reward=lambda config: reward,
     load=load_data,
     read=question_from,
     task_of=task_of,

@@ -19,6 +19,7 @@ import numpy as np
 from lightningrl import flags
 from lightningrl.config import FitConfig, setting
 from lightningrl.distributed import from_first, is_first, joined
+from lightningrl.errors import UserError
 from lightningrl.fit import Fitted, fit
 from lightningrl.runtime.store import Store
 from lightningrl.types import Rollout, Task
@@ -42,6 +43,12 @@ class TrainingConfig(FitConfig):
     controls: bool = setting(False, "also run the controls: more supervised steps, and shuffled rewards", free=True)
     seconds_install: float = setting(0.0, "what installation took, for summary.json", free=True)
     started: float = setting(0.0, "when the whole began, seconds since the epoch; 0: now", free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("questions", "heldout_questions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 SMOKE: dict[str, Any] = {
@@ -75,7 +82,7 @@ class Experiment(Generic[Q]):
     """
 
     agent: Callable[[Any], Callable[..., Any]]  # of the settings
-    reward: Callable[..., Any]
+    reward: Callable[[Any], Callable[..., Any]]  # likewise
     load: Callable[[Any, Path], Data[Q]]
     read: Callable[[dict[str, Any]], Q]
     task_of: Callable[[Q], Task]
@@ -123,7 +130,7 @@ def run(config: Any, experiment: Experiment[Q], data: Data[Q], demonstrations: S
     return fit(
         experiment.agent(config),
         [experiment.task_of(q) for q in data.train],
-        experiment.reward,
+        experiment.reward(config),
         config,
         heldout=heldout,
         demonstrations=demonstrations,

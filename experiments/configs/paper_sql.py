@@ -1,4 +1,6 @@
-"""The paper's text-to-SQL experiment: writer and rewriter learn, the checker stays as it is.
+"""The paper's text-to-SQL experiment: the calls of writer and rewriter are trained on, the checker's are not.
+
+All roles share one set of weights, so what the others learn changes the checker too.
 
     python -m experiments.configs.paper_sql --policy=LLAMA_3_2_3B --data_dir=SPIDER --out=/shared/sql --fsdp=8
 

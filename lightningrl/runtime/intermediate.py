@@ -19,6 +19,7 @@ from lightningrl.types import Rollout, Task, Transition
 
 Intermediate = Callable[[Rollout], tuple[float, ...]]
 
+FENCED = re.compile(r"```(?:sql|sqlite)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)  # as the text-to-SQL agent reads a reply
 ERROR_LINE = re.compile(r"^result:\s*error", re.IGNORECASE | re.MULTILINE)
 
 
@@ -39,13 +40,19 @@ def tool_error(rollout: Rollout, penalty: float = -0.1) -> tuple[float, ...]:
 
 
 def repeated_call(rollout: Rollout, penalty: float = -0.1) -> tuple[float, ...]:
-    """`penalty` for every call that gives an identical response to an identical prompt, after the first of its kind."""
-    seen: set[tuple[str, bytes, bytes]] = set()
+    """`penalty` for every call that says what an earlier call of its conversation has said: the same search, sum or draft again.
+
+    The conversation of a call is what it continues, and what that continues. The same answer in a conversation of its own is no
+    repetition: a checker that is shown an unchanged draft again rightly says the same again, and it was the rewriter who repeated.
+    """
+    index = {transition.turn: i for i, transition in enumerate(rollout.transitions)}
+    said: list[frozenset[str]] = []  # in the conversation up to each call
     rewards = []
     for transition in rollout.transitions:
-        call = (transition.role, transition.prompt_ids.tobytes(), transition.response_ids.tobytes())
-        rewards.append(penalty if call in seen else 0.0)
-        seen.add(call)
+        before = frozenset() if transition.continues is None else said[index[transition.continues]]
+        text = " ".join(transition.text.split())
+        rewards.append(penalty if text in before else 0.0)
+        said.append(before | {text})
     return tuple(rewards)
 
 
@@ -76,14 +83,15 @@ def better_draft(rollout: Rollout, score: Callable[[Task, str], float], bonus: f
 
     Drafts are the calls that continue each other: of the text-to-SQL agent the writer's query and the rewriter's. The first is paid
     nothing, however good, and one that is as good as an earlier one neither. `score` is the task's own reward, as if the draft were the
-    answer; for queries, execution match.
+    answer; for queries, execution match. Of a text with a fenced block, as chat models write, the draft is what is in the first.
     """
     index = {transition.turn: i for i, transition in enumerate(rollout.transitions)}
     best: list[float] = []  # of the conversation up to each call
     rewards = []
     for transition in rollout.transitions:
         before = -math.inf if transition.continues is None else best[index[transition.continues]]
-        scored = score(rollout.task, transition.text)
+        fenced = FENCED.search(transition.text)
+        scored = score(rollout.task, (fenced[1] if fenced else transition.text).strip())
         best.append(max(before, scored))
         rewards.append(bonus if -math.inf < before < scored else 0.0)
     return tuple(rewards)

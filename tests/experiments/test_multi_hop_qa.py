@@ -6,12 +6,15 @@ import collections
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.multi_hop_qa import EXPERIMENT, Config, accuracy, load_data, question_from, reward, task_of
-from experiments.training import demonstrations_for
+from experiments.multi_hop_qa import EXPERIMENT, Config, accuracy, load_data, question_from, report, reward, task_of
+from experiments.training import Data, demonstrations_for
 from lightningrl.errors import UserError
+from lightningrl.fit import Fitted
+from lightningrl.runtime.store import Store
 from lightningrl.tasks.multi_hop_qa.questions import Question
 from lightningrl.types import Rollout
 
@@ -66,6 +69,28 @@ def test_accuracy_is_squads_without_the_form(tmp_path: Path) -> None:
     runs = [run("<answer> the Annport </answer>"), run("<answer> Ann </answer>"), run("Port Ann"), run(None)]
     assert accuracy(runs) == {"exact_match": 0.25, "f1": pytest.approx((1 + 2 / 3) / 4)}
     assert accuracy([]) == {"exact_match": 0.0, "f1": 0.0}
+
+
+def test_a_run_that_failed_counts_as_0(tmp_path: Path) -> None:
+    """As it does in the held-out reward: one that ran out of time, and one that had an answer when its intermediate rewards failed."""
+    questions = [dataclasses.replace(q, answer="Rome", aliases=(), hops=2) for q in load_data(SMALL, tmp_path).heldout[:4]]
+    right = "<answer> Rome </answer>"
+    runs: list[dict[str, Any]] = [
+        {"outcome": {"reward": 1.0}, "answer": right},
+        {"outcome": {"reward": 0.1}, "answer": "<answer> Oslo </answer>"},
+        {"outcome": {}, "status": "timed_out", "error": "too slow"},
+        {"outcome": {}, "status": "failed", "error": "the intermediate rewards", "answer": right},
+    ]
+    with Store(tmp_path / "rollouts.sqlite") as store:
+        for iteration in (0, 1):
+            for question, fields in zip(questions, runs, strict=True):
+                id_ = f"heldout/{iteration}/{question.id}/0"
+                rollout = Rollout(id=id_, task=task_of(question), group="g", sample=0, attempt=0, transitions=(), **fields)
+                store.write(rollout, "heldout", iteration)
+    fitted = Fitted(policy=None, metrics=({"iteration": 0}, {"iteration": 1}), out=tmp_path, compiled=0)  # type: ignore[arg-type]  # nobody asks for it
+    said = report(fitted, Data([], questions))
+    assert [said[f"{name}_{when}"] for name in ("exact_match", "f1") for when in ("before", "after")] == [0.25] * 4
+    assert said["by_hops_after"] == {2: {"count": 4, "reward": pytest.approx(1.1 / 4)}}
 
 
 def test_real_data_is_taken_from_a_folder(tmp_path: Path) -> None:

@@ -5,9 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from experiments import math_tool, multi_hop_qa, text_to_sql
 from experiments.text_to_sql import Config
 from experiments.training import Data, summarize
+from lightningrl.errors import UserError
 from lightningrl.fit import Fitted
+
+
+@pytest.mark.parametrize("experiment", [text_to_sql, multi_hop_qa, math_tool])
+@pytest.mark.parametrize("name", ["questions", "heldout_questions"])
+def test_a_run_needs_something_to_be_judged_by(experiment: Any, name: str) -> None:
+    with pytest.raises(UserError, match=f"^{name}=0 must be at least 1$"):
+        experiment.Config(**{name: 0})
+
 
 SPENT = {"rollouts": 8, "prompt_tokens": 70, "response_tokens": 30, "continuing_calls": 4, "continuing_calls_exact": 4}
 ROWS: tuple[dict[str, Any], ...] = (

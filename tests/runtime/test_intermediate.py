@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from experiments.agents import sql_langgraph
 from lightningrl.errors import UserError
 from lightningrl.runtime import better_draft, new_support, repeated_call, tool_error
 from lightningrl.runtime.intermediate import intermediate_rewards, with_rewards
+from lightningrl.runtime.store import Store
 from lightningrl.types import Rollout, Task, Transition
 
 
@@ -92,10 +96,32 @@ def test_an_error_that_answers_no_known_call_costs_nobody() -> None:
 
 
 def test_repeated_calls() -> None:
-    same, again = call("a", ASK), call("a", ASK)
-    rollout = run(same, call("b", ASK), again, call("a", ("user", "other")), call("a", ASK, role="checker"), call("a", ASK))
-    assert repeated_call(rollout) == (0.0, 0.0, -0.1, 0.0, 0.0, -0.1)
-    assert repeated_call(rollout, penalty=-2.0) == (0.0, 0.0, -2.0, 0.0, 0.0, -2.0)
+    """A search that is made a second and a third time, with another between them; prompts have grown meanwhile."""
+    rollout = run(call("a", ASK), call("a", ASK, continues=0), call("b", ASK, continues=1), call(" a\n", ASK, continues=2))
+    assert repeated_call(rollout) == (0.0, -0.1, 0.0, -0.1)
+    assert repeated_call(rollout, penalty=-2.0) == (0.0, -2.0, 0.0, -2.0)
+
+
+def test_who_repeats_a_draft_is_charged_and_not_who_checks_it_again() -> None:
+    checked = call("INCORRECT", ASK, role="checker")
+    rollout = run(call("q", ASK), checked, call("q", ASK, role="rewriter", continues=0), checked, call("r", ASK, continues=2))
+    assert repeated_call(rollout) == (0.0, 0.0, -0.1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["rollouts.sqlite", "qa/rollouts.sqlite", "math/rollouts.sqlite"])
+def test_repetitions_of_recorded_agents_are_of_what_was_said_to_the_model(name: str, tmp_path: Path) -> None:
+    """In all three frameworks a call is charged if and only if its own prompt holds its response already."""
+    recorded = Path(__file__).parents[2] / "notebooks" / "recorded" / name
+    with Store(shutil.copy(recorded, tmp_path / "rollouts.sqlite")) as store:
+        rollouts = [store.read_rollout(id_) for id_ in store.places()]
+    charged = 0
+    for rollout in rollouts:
+        for transition, reward in zip(rollout.transitions, repeated_call(rollout), strict=True):
+            replies = [t.text for t in rollout.transitions if t.turn < transition.turn and t.role != "checker"]
+            repeats = transition.role != "checker" and transition.text.split() in [text.split() for text in replies]
+            assert (reward < 0) == repeats
+            charged += reward < 0
+    assert charged > 0 or name != "rollouts.sqlite"
 
 
 @pytest.mark.parametrize("function", [tool_error, repeated_call])
@@ -104,7 +130,7 @@ def test_no_calls(function: Any) -> None:
 
 
 def test_rewards_add_up_on_the_calls_and_never_on_the_outcome() -> None:
-    rollout = run(call("a", ASK, reward=1.0), call("a", ASK))
+    rollout = run(call("a", ASK, reward=1.0), call("a", ASK, continues=0))
     shaped = with_rewards(rollout, (repeated_call, lambda rollout: (0.5, 0.25)))
     assert [transition.reward for transition in shaped.transitions] == [1.5, 0.25 - 0.1]
     assert shaped.outcome == {"reward": 1.0}
@@ -189,6 +215,15 @@ def drafts(*texts: str) -> Rollout:
 )
 def test_a_draft_that_is_better_than_all_before_it_is_paid(texts: tuple[str, ...], paid: tuple[float, ...]) -> None:
     assert better_draft(drafts(*texts), lambda task, text: SCORES[text]) == paid
+
+
+REPLIES = ["Sure:\n```sql\nright\n```\nThat is it.", "```\nright\n```", "```SQLite\n right\n```", " right\n", "```python\nright\n```"]
+
+
+@pytest.mark.parametrize("text", REPLIES)
+def test_a_draft_is_what_the_agent_takes_out_of_the_reply(text: str) -> None:
+    scores = {"wrong": 0.0, sql_langgraph.query_in(text): 1.0}
+    assert better_draft(drafts("wrong", text), lambda task, draft: scores[draft]) == (0.0, 0.1)
 
 
 def test_drafts_are_scored_by_the_reward_function() -> None:

@@ -62,8 +62,9 @@ class Bm25:
         self._stop_words = frozenset(bm25s.stopwords.STOPWORDS_EN)
         contents = [f"{passage.title}\n{passage.text}" for passage in passages]
         place = None if cache is None else cache / f"bm25s-{bm25s.__version__}-{_digest(contents)}"
-        self._index: Any = bm25s.BM25() if place is None or not place.is_dir() else bm25s.BM25.load(place, load_corpus=False)
-        if place is None or not place.is_dir():
+        kept = place is not None and place.is_dir()  # asked once: another process may keep one at any moment
+        self._index: Any = bm25s.BM25.load(place, load_corpus=False) if kept else bm25s.BM25()
+        if not kept:
             shown = sys.stderr.isatty() and len(passages) >= _LARGE
             words = bm25s.tokenize(contents, stopwords="en", show_progress=shown)
             if not words.vocab:  # a corpus of stop words alone: every passage gets one word that no query has

@@ -100,6 +100,23 @@ def test_an_index_is_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list(tmp_path.iterdir())) == 2 and kept.is_dir()
 
 
+def test_an_index_that_another_process_keeps_meanwhile_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages, asked, is_dir = corpus(0, 40), [], Path.is_dir
+
+    def kept_after_being_asked_for(path: Path) -> bool:
+        found = is_dir(path)
+        if path.parent == tmp_path and not asked:
+            asked.append(path)
+            Bm25(passages, cache=tmp_path)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", kept_after_being_asked_for)
+    retriever = Bm25(passages, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == asked
+    for query in QUERIES:
+        np.testing.assert_array_equal(retriever.scores(query), Bm25(passages).scores(query))
+
+
 def letters(texts: Sequence[str]) -> np.ndarray:
     """How often a text has each letter."""
     return np.array([[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts], np.float32)
