@@ -268,16 +268,12 @@ def read_cell(out: Path, job: Job) -> Cell:
 
 def report(config: Config, out: Path, tasks: Sequence[str]) -> None:
     """Writes the report of all that is done: what was asked for in its order, then what other commands have left in OUT."""
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    asked = [Job(task, arm, seed) for task in tasks for arm in config.recipes for seed in seeds]
-    files = sorted((out / "cells").glob("*/*/seed*.json"))
-    done = [Job(path.parts[-3], path.parts[-2], int(path.stem.removeprefix("seed"))) for path in files]
-    done = [job for job in done if job.seed != TUNING_SEED]
+    files = (out / "cells").glob("*/*/seed*.json")
+    jobs = [Job(path.parts[-3], path.parts[-2], int(path.stem.removeprefix("seed"))) for path in files]
+    done = [job for job in jobs if job.seed != TUNING_SEED]
     order = {name: i for i, name in enumerate((*tasks, *config.recipes))}
     done.sort(key=lambda job: (order.get(job.task, len(order)), job.task, order.get(job.arm, len(order)), job.arm, job.seed))
-    jobs = dict.fromkeys([*asked, *done])
-    cells = [read_cell(out, job) for job in jobs if cell_path(out, job).exists()]
-    write_report(out, cells, command_of(config))
+    write_report(out, [read_cell(out, job) for job in done], command_of(config))
 
 
 def command_of(config: Config) -> str:

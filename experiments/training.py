@@ -17,9 +17,8 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from lightningrl import flags
-from lightningrl.config import FitConfig, setting
+from lightningrl.config import FitConfig, check_at_least_one, setting
 from lightningrl.distributed import from_first, is_first, joined
-from lightningrl.errors import UserError
 from lightningrl.fit import Fitted, fit
 from lightningrl.runtime.store import Store
 from lightningrl.types import Rollout, Task
@@ -46,9 +45,7 @@ class TrainingConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("questions", "heldout_questions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least_one(self, ("questions", "heldout_questions"))
 
 
 SMOKE: dict[str, Any] = {

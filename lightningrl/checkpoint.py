@@ -77,16 +77,16 @@ class Checkpoints:
         """
         if step not in self._manager.all_steps():
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {sorted(self._manager.all_steps())}")
-        about = self._read(step, about=ocp.args.JsonRestore())
+        about = self._read(step, "about", ocp.args.JsonRestore())
         _check_same(f"checkpoint {step} in {self.directory}", "setting", _flat(about["config"]), _flat(self._config))
         _check_same(f"checkpoint {step} in {self.directory}", "array", about["layout"], _layout(like))
         target = jax.tree.map(_restored_as, like)
-        return self._read(step, state=ocp.args.StandardRestore(target)), about["host"]
+        return self._read(step, "state", ocp.args.StandardRestore(target)), about["host"]
 
-    def _read(self, step: int, **item: Any) -> Any:
+    def _read(self, step: int, item: str, how: Any) -> Any:
         try:
             with _uninterrupted():
-                return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
+                return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:  # orbax, tensorstore and json each have their own for a file that is cut or gone
             damage = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,9 +108,7 @@ class FitConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least_one(self, AT_LEAST_ONE)
         for name in AT_LEAST_ZERO:
             if not getattr(self, name) >= 0:  # NaN too
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
@@ -124,6 +123,13 @@ class FitConfig:
             raise UserError("lora_per_role needs adapters: give their --lora_rank")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be at least 0 and less than 1")
+
+
+def check_at_least_one(config: Any, names: Sequence[str]) -> None:
+    """Raises UserError for the first of these settings that is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
 
 
 AT_LEAST_ZERO = ("seed", "iterations", "max_staleness", "ray_cpus", "lora_rank", "prefix_cache_mb", "weight_decay")

@@ -3,8 +3,8 @@
 python scripts/bench_growth.py --json FILE
 
 One axis is varied at a time from 8 tasks × 8 rollouts × 4 turns. A call's prompt is all that was said before it in its rollout, and every
-group shares its first prompt, as an agent's do; lengths are those of the text-to-SQL agent, tokens random. Timed is what the loop
-does with a batch: packing into tries on the host, one update on the device (float32, d=128, 4 layers). Bytes are the packed batch on the
+group shares its first prompt, as an agent's do; lengths are fixed, tokens random. Timed is what the loop does with a
+batch: packing into tries on the host, one update on the device (float32, d=128, 4 layers). Bytes are the packed batch on the
 host and what the compiled gradient of a micro-batch takes, which batches of any size share. An exponent is the slope of log y on log x.
 """
 

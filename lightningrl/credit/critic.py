@@ -45,7 +45,7 @@ def gae(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lamb
 
 
 def lambda_return(table: TransitionTable, evidence: Evidence, *, gamma: float = 0.99, lambda_: float = 0.9) -> Credit:
-    """What a rollout comes to from each call, as far as the critic is believed (the λ-return; TD(λ), arXiv 1506.02438, §4).
+    """What a rollout comes to from each call, as far as the critic is believed (the λ-return of TD(λ); Sutton and Barto 2018, §12.1).
 
       Gₜ = r′ₜ + γ [(1-λ) Vₜ₊₁ + λ Gₜ₊₁]
 

@@ -70,7 +70,7 @@ def group_mean(loss: Array, mask: Array, counts: UnitCounts) -> Aggregate:
 def sequence_sum(loss: Array, mask: Array, counts: UnitCounts, *, length: float = 1.0) -> Aggregate:
     """Every transition weighs its length: mean over transitions of the sum over tokens,  Σ m ℓ  /  (L Σₛ 1).
 
-    L = 1 is the sum itself, a constant such as the longest response's length the normalised sum of Dr. GRPO (arXiv 2503.20783, §3.2).
+    L = 1 is the sum itself, a constant such as the longest response's length the normalised sum of Dr. GRPO (arXiv 2503.20783).
     """
     total = token_mean(loss, mask, counts)[0]
     return total, length * sequence_mean(loss, mask, counts)[1]
