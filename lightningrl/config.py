@@ -86,6 +86,10 @@ class FitConfig:
     intermediate_size: int = setting(512, "of a new policy")
     context_length: int = setting(256, "tokens of a prompt and its response, at most")
     slots: int = setting(32, "conversations that the sampler decodes at once")
+    decode_group: int = setting(0, "of those, how many in one matrix product; 0: 4 on a CPU, where a few are done soonest, elsewhere all")
+    decode_steps: int = setting(8, "tokens of each that are decoded before others are let in")
+    prefill_chunk: int = setting(16, "tokens of a prompt that are read, and kept for other prompts, together")
+    prefill_rows: int = setting(4, "such pieces that are read at once")
     prefix_cache_mb: float = setting(64.0, "memory for beginnings of prompts that the sampler has read; 0: none is kept", free=True)
     deterministic: bool = setting(True, "a call is answered alike to the last bit whatever else is sampled; off: shapes follow the load")
     reading_steps: int = setting(220, "updates in which a new policy learns to read the demonstrations, prompts included")
@@ -132,7 +136,7 @@ def check_at_least_one(config: Any, names: Sequence[str]) -> None:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
 
 
-AT_LEAST_ZERO = ("seed", "iterations", "max_staleness", "ray_cpus", "lora_rank", "prefix_cache_mb", "weight_decay")
+AT_LEAST_ZERO = ("seed", "iterations", "max_staleness", "ray_cpus", "lora_rank", "prefix_cache_mb", "decode_group", "weight_decay")
 # A policy learns from what it samples: temperature 0 would leave it nothing to learn.
 MORE_THAN_ZERO = ("temperature", "learning_rate", "imitation_learning_rate", "max_grad_norm", "time_limit")
 AT_LEAST_ONE = (
@@ -153,6 +157,9 @@ AT_LEAST_ONE = (
     "num_kv_heads",
     "intermediate_size",
     "slots",
+    "decode_steps",
+    "prefill_chunk",
+    "prefill_rows",
 )
 
 

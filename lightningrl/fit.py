@@ -42,9 +42,8 @@ from lightningrl.runtime.intermediate import intermediate_rewards
 from lightningrl.runtime.on_processes import as_sent
 from lightningrl.runtime.on_ray import import_ray
 from lightningrl.runtime.runner import Agent, Reward
-from lightningrl.sampler.engine import SamplerSettings
 from lightningrl.sampler.remote import reload_requests
-from lightningrl.serving import corrected_recipe, make_sampler, serving
+from lightningrl.serving import corrected_recipe, make_sampler, sampler_settings, serving
 from lightningrl.sharding import make_mesh
 from lightningrl.start import row_settings, starting_policy
 from lightningrl.train import OptimizerSettings, TrainStep, make_optimizer
@@ -135,9 +134,7 @@ def _fit(
         remat=config.remat,
         attention=None if config.attention == "auto" else config.attention,
     )
-    anchored = recipe.kl is not None and config.reference == "start"
-    start = step.placed(policy.params) if anchored else policy.params
-    policies = start_policies(step, start, roles, config.seed)
+    policies = start_policies(step, policy.params, roles, config.seed)
     sampler, sampling_at = make_sampler(step, roles, policy, config)
     # Only now, so that settings that were refused are not those of a run that has to be gone on with.
     if is_first():
@@ -179,7 +176,7 @@ def _fit(
                 rows=row_settings(config),
                 tasks=tasks,
                 heldout=heldout,
-                reference=start if anchored else None,
+                reference=policy.params if recipe.kl is not None and config.reference == "start" else None,
                 producers=producers,
                 alter=alter,
                 log=log,
@@ -216,8 +213,8 @@ def check_config(config: FitConfig, recipe: Recipe, reward: Reward | None) -> No
         raise UserError("sampling runs ahead of training in one process only: leave --max_staleness at 0, or start one")
     intermediate_rewards(config.intermediate, reward)
     reload_requests(config.engine_reload)
-    if config.context_length % SamplerSettings.chunk or config.context_length < 1:
-        raise UserError(f"context_length={config.context_length} must be a multiple of {SamplerSettings.chunk}")
+    with settings_of_a_person():
+        sampler_settings(config)
     if config.agent_processes < 1:
         raise UserError(f"agent_processes={config.agent_processes} must be at least 1")
     if config.runner == "ray" and is_first():

@@ -76,6 +76,11 @@ def state_bytes(model: ModelConfig, mesh: Mesh) -> float:
     return 12 * count_params(model) / (mesh.fsdp * mesh.tensor)
 
 
+def start_bytes(model: ModelConfig, mesh: Mesh) -> float:
+    """What training started from, which a run keeps, as a reference or for its end: 4 P / (f t)."""
+    return 4 * count_params(model) / (mesh.fsdp * mesh.tensor)
+
+
 def gradient_bytes(model: ModelConfig, mesh: Mesh) -> float:
     """4 P / (f t)."""
     return 4 * count_params(model) / (mesh.fsdp * mesh.tensor)
@@ -142,8 +147,8 @@ def update_bytes(model: ModelConfig, mesh: Mesh, work: Workload) -> float:
 
 
 def total_bytes(model: ModelConfig, mesh: Mesh, work: Workload) -> float:
-    """The update and the sampler on the same devices."""
-    return update_bytes(model, mesh, work) + sampler_bytes(model, mesh, work)
+    """The update, the sampler and the policy that training started from on the same devices."""
+    return update_bytes(model, mesh, work) + sampler_bytes(model, mesh, work) + start_bytes(model, mesh)
 
 
 # FLOPs, and bytes over links

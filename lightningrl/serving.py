@@ -26,11 +26,25 @@ from lightningrl.runtime.store import Store
 from lightningrl.sampler.by_role import RoleSampler
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sampler.remote import EngineSettings, RemoteSampler, reload_requests
-from lightningrl.sharding import HOST, ShardingRules, params_sharding, place, sampling_mesh
+from lightningrl.sharding import HOST, ShardingRules, gathered, params_sharding, sampling_mesh
 from lightningrl.train import TrainStep
 
 AnySampler = PolicySampler | RoleSampler | RemoteSampler | SamplerElsewhere
 AnyRunner = Runner | SharedRunner
+
+
+def sampler_settings(config: FitConfig) -> SamplerSettings:
+    """Raises ValueError for some that no sampler can have."""
+    return SamplerSettings(
+        slots=config.slots,
+        context_length=config.context_length,
+        group=config.decode_group,
+        chunk=config.prefill_chunk,
+        prefill_rows=config.prefill_rows,
+        steps=config.decode_steps,
+        prefix_cache_mb=config.prefix_cache_mb,
+        deterministic=config.deterministic,
+    )
 
 
 def make_sampler(step: TrainStep, roles: Sequence[str], policy: Policy, config: FitConfig) -> tuple[AnySampler, Any]:
@@ -41,19 +55,14 @@ def make_sampler(step: TrainStep, roles: Sequence[str], policy: Policy, config: 
     Returns:
       It, with the weights that training starts from, and how it wants the later ones to lie: see `sharding.gathered`.
     """
-    if not is_first():
-        return SamplerElsewhere(), None
     if config.engine is not None:
-        return outside_engine(config.engine, policy, config), HOST
+        return (outside_engine(config.engine, policy, config), HOST) if is_first() else (SamplerElsewhere(), None)
     here = sampling_mesh(step.mesh)
     weights_at = params_sharding(policy.config, here, ShardingRules(embed=None))  # each decoding step reads every weight
-    start = place(step.rounded(policy.params), weights_at)
-    settings = SamplerSettings(
-        slots=config.slots,
-        context_length=config.context_length,
-        prefix_cache_mb=config.prefix_cache_mb,
-        deterministic=config.deterministic,
-    )
+    start = gathered(step.rounded(policy.params), weights_at if is_first() else None)
+    if not is_first():
+        return SamplerElsewhere(), None
+    settings = sampler_settings(config)
 
     def make(params: Params) -> PolicySampler:
         return PolicySampler(params, policy.config, policy.tokenizer, settings, mesh=here, end_ids=policy.end_ids)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lightningrl.config import FitConfig, cache_folder
 from lightningrl.distributed import from_first, is_first, wait_for_all
@@ -21,6 +20,7 @@ from lightningrl.model.params import init_params
 from lightningrl.packing.rows import RowSettings
 from lightningrl.policy import Policy, load_policy, save_policy
 from lightningrl.progress import Progress
+from lightningrl.sharding import HOST, gathered, params_sharding, place
 from lightningrl.tokenizer import train_tokenizer
 from lightningrl.types import DemonstratedCall, Task, Transition
 from lightningrl.warm_start import Demonstration, ImitationSettings, cached, encode, imitate
@@ -31,17 +31,24 @@ TOO_LONG = 0.05  # share of the demonstrations that may be left out of the warm 
 def starting_policy(
     config: FitConfig, out: Path, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool, mesh: Any
 ) -> Policy:
-    """The policy of `--policy`, or a new one; after imitation where there are demonstrations. Kept in OUT/start."""
+    """The policy of `--policy`, or a new one; after imitation where there are demonstrations. Kept in OUT/start.
+
+    Its parameters lie as training has them. One that is read lies so from the start; a new one, or one after imitation, is whole on one
+    device before.
+    """
     if from_first((out / "start" / "config.json").exists):
-        return load_policy(out / "start")
-    policy = load_policy(Path(config.policy)) if config.policy else new_policy(config, demonstrations, tasks, critic=critic)
+        return load_policy(out / "start", mesh=mesh)
+    policy = load_policy(Path(config.policy), mesh=mesh) if config.policy else new_policy(config, demonstrations, tasks, critic=critic)
     policy = with_value_head(policy) if critic else policy
     if demonstrations and config.imitation_steps:
         policy = warm_started(policy, config, demonstrations, mesh)
+    whole = gathered(policy.params, HOST if is_first() else None)
     if is_first():
-        save_policy(out / "start", policy)
+        save_policy(out / "start", dataclasses.replace(policy, params=whole))
     wait_for_all("the policy to start from")
-    return policy if jax.process_count() == 1 else load_policy(out / "start")
+    if jax.process_count() > 1:
+        return load_policy(out / "start", mesh=mesh)
+    return dataclasses.replace(policy, params=place(policy.params, params_sharding(policy.config, mesh)))
 
 
 def new_policy(config: FitConfig, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool) -> Policy:
@@ -95,7 +102,7 @@ def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Dem
         learning_rate=config.imitation_learning_rate,
     )
     arrays = [ids for demo in encoded for t in demo for ids in (t.prompt_ids, t.response_ids)]
-    arrays += [np.asarray(leaf) for leaf in jax.tree.leaves(policy.params)]
+    arrays += jax.tree.leaves(gathered(policy.params, HOST))
     key = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(policy.config), "seed": config.seed}
 
     def make() -> Any:

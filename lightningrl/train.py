@@ -126,6 +126,17 @@ def loss_inputs(scores: Scores, edges: EdgeBatch) -> LossInputs:
     )
 
 
+def _padded(batch: Any) -> Any:
+    """Arrays [micro-batches, …] with further micro-batches of zeros, which no mask lets in, up to a power of two: few shapes to compile."""
+
+    def padded(x: Array) -> Array:
+        more = (1 << (len(x) - 1).bit_length()) - len(x)
+        pad = np.pad if isinstance(x, np.ndarray) else jnp.pad  # what is on a device stays there
+        return pad(x, [(0, more)] + [(0, 0)] * (np.ndim(x) - 1))
+
+    return jax.tree.map(padded, batch)
+
+
 class TrainStep:
     """Compiled functions for one model, recipe and optimizer over a mesh; state is passed in and out, and donated.
 
@@ -225,10 +236,11 @@ class TrainStep:
         """One optimizer step on a batch. `state` is donated. Metrics are means over the masked edges of the whole batch."""
         if not rows:
             raise ValueError("an update needs at least one micro-batch")
-        denominators = place(self._denominators(edges), self._whole)
+        denominators = place(self._denominators(_padded(edges.tokens), _padded(edges.counts)), self._whole)
         if self.recipe.select is not None:
             scores = self.score(self.weights(state), rows, edges.tokens)
-            edges = dataclasses.replace(edges, selected=self._select(local(state.step), scores, edges))
+            selected = self._select(local(state.step), _padded(scores), _padded(edges))
+            edges = dataclasses.replace(edges, selected=selected[: len(rows)])
         total, (trained, base) = None, self._trained(state)
         for i, r in enumerate(rows):
             batch = (trained, base, *self._micro_batch(i, r, edges), denominators)
@@ -240,12 +252,14 @@ class TrainStep:
 
     @property
     def compiled(self) -> int:
-        """Programs compiled so far to score and to add up gradients: one each for every shape of a micro-batch."""
-        return sum(function._cache_size() for function in (self._score, self._accumulate))  # type: ignore[attr-defined]
+        """Programs of the step compiled so far: to score and to add up gradients one each for every shape of a micro-batch, to see the
+        whole batch one for every power of two of micro-batches, to apply the optimizer one."""
+        functions = (self._score, self._accumulate, self._denominators, self._select, self._apply)
+        return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]
 
     def memory(self, state: TrainState, rows: Rows, edges: EdgeBatch) -> Any:
         """XLA's memory analysis of adding up the gradients of one micro-batch; `edges` are [micro-batches, E]."""
-        batch = (*self._trained(state), *self._micro_batch(0, rows, edges), self._denominators(edges))
+        batch = (*self._trained(state), *self._micro_batch(0, rows, edges), self._denominators(edges.tokens, edges.counts))
         return self._accumulate.lower(self._nothing(batch), *batch).compile().memory_analysis()
 
     def _micro_batch(self, i: int, rows: Rows, edges: Any) -> tuple[Rows, Any]:
@@ -270,13 +284,13 @@ class TrainStep:
     def _weights_of(self, trained: Params | Adapter, base: Params | None) -> Params:
         return self.rounded(trained if self.lora is None or base is None else merge(base, trained, self.lora.scale))
 
-    def _denominators_of(self, edges: EdgeBatch) -> dict[str, jax.Array]:
+    def _denominators_of(self, tokens: TokenTable, counts: UnitCounts) -> dict[str, jax.Array]:
         """Of each aggregation, from masks alone: they do not depend on the policy."""
-        tokens, zeros = edges.tokens, jnp.zeros(jnp.shape(edges.tokens.mask), jnp.float32)
+        zeros = jnp.zeros(jnp.shape(tokens.mask), jnp.float32)
         states = value_states(tokens, self.recipe.critic_states)
         return {
-            "policy": self.recipe.aggregation(zeros, tokens.mask, edges.counts)[1],
-            "value": self.recipe.value_aggregation(zeros, states, edges.counts)[1],
+            "policy": self.recipe.aggregation(zeros, tokens.mask, counts)[1],
+            "value": self.recipe.value_aggregation(zeros, states, counts)[1],
         }
 
     def _selection_of(self, step: jax.Array, scores: Scores, edges: EdgeBatch) -> Array:

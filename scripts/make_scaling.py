@@ -26,6 +26,7 @@ from lightningrl.scaling import (
     link_seconds,
     passing_bytes,
     sampler_bytes,
+    start_bytes,
     state_bytes,
     total_bytes,
 )
@@ -36,6 +37,7 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 COLUMNS = (
     "devices",
     "data × fsdp × tensor",
+    "start",
     "state",
     "gradients",
     "micro-batch",
@@ -78,8 +80,9 @@ def row(model: ModelConfig, work: Workload, chip: Chip, devices: int) -> Sequenc
     mesh = best_mesh(devices, model, work, chip)
     if mesh is None:
         return [str(devices), "does not fit", *[""] * (len(COLUMNS) - 2)]
-    held = (state_bytes(model, mesh), gradient_bytes(model, mesh), passing_bytes(model, mesh, work), sampler_bytes(model, mesh, work))
-    gigabytes = [f"{value / 1e9:.1f}" for value in (*held, total_bytes(model, mesh, work))]
+    of_model = (part(model, mesh) for part in (start_bytes, state_bytes, gradient_bytes))
+    of_work = (part(model, mesh, work) for part in (passing_bytes, sampler_bytes, total_bytes))
+    gigabytes = [f"{value / 1e9:.1f}" for value in (*of_model, *of_work)]
     computing, links = compute_seconds(model, mesh, work, chip), link_seconds(model, mesh, work, chip)
     seconds = [f"{value:.2f}" for value in (computing, links, computing + links)]
     decoding = f"{1000 * decode_seconds(model, mesh, work, chip):.1f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import types
 from typing import Any
 
@@ -14,12 +15,14 @@ import optax
 import pytest
 
 from lightningrl import scaling
+from lightningrl.config import FitConfig
 from lightningrl.model.attention import choose_attention
 from lightningrl.model.config import ModelConfig
 from lightningrl.model.lora import LoraSettings, adapter_sharding
 from lightningrl.model.params import init_params, shapes
 from lightningrl.packing.rows import Rows, RowSettings
 from lightningrl.policies import pack_policies, start_policies, update_policies, weights
+from lightningrl.policy import save_policy
 from lightningrl.sampler.engine import PolicySampler, SamplerSettings
 from lightningrl.sharding import (
     HOST,
@@ -34,6 +37,7 @@ from lightningrl.sharding import (
     place,
     replicated,
 )
+from lightningrl.start import starting_policy
 from lightningrl.train import OptimizerSettings, TrainState, TrainStep, make_optimizer
 from lightningrl.types import Completion, SamplingParams
 from lightningrl.warm_start import _edges_of
@@ -217,6 +221,18 @@ def test_slots_or_heads_that_do_not_divide_stay_whole() -> None:
     spec = cache_sharding(one_head, make_mesh(2, 2, 2), 8).keys[0].spec
     assert spec == jax.P(("data", "fsdp"), None)
     assert cache_sharding(SHAPE, make_mesh(2, 2, 2), 6).keys[0].spec == jax.P(None, "tensor")
+
+
+def test_a_policy_that_is_read_lies_in_its_parts_from_the_start(tmp_path: pathlib.Path) -> None:
+    """On no device is more than its part, whether it comes from --policy or from OUT/start, where a run that goes on finds it."""
+    given, mesh = tiny_policy(), make_mesh(1, 4, 2)
+    save_policy(tmp_path / "given", given)
+    at = params_sharding(given.config, mesh)
+    for _ in range(2):
+        start = starting_policy(FitConfig(policy=str(tmp_path / "given")), tmp_path / "out", (), (), critic=False, mesh=mesh)
+        jax.tree.map(np.testing.assert_array_equal, gathered(start.params, HOST), given.params)
+        assert all(leaf.sharding == place for leaf, place in zip(jax.tree.leaves(start.params), jax.tree.leaves(at), strict=True))
+    assert bytes_of(start.params) < 0.3 * bytes_of(given.params)
 
 
 # Memory as `lightningrl.scaling` has it, against the account of compiled programs. Nothing is allocated: all shapes are abstract.

@@ -149,6 +149,31 @@ def test_an_update_of_nothing_is_refused() -> None:
         step.update(step.init(tiny_policy().params), (), edges_of(packed, table, step, tiny_policy().params))
 
 
+def more_of(packed: PackedBatch, edges: EdgeBatch, number: int) -> tuple[list[Any], EdgeBatch]:
+    """A batch of so many micro-batches, each the first of another batch again."""
+    return [packed.rows[0]] * number, jax.tree.map(lambda x: np.repeat(np.asarray(x)[:1], number, axis=0), edges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), [("lightningrl", {}), ("kl_cov", {"fraction": 0.2})])
+def test_the_number_of_programs_grows_with_the_logarithm_of_micro_batches(name: str, settings: dict[str, Any]) -> None:
+    recipe = get_recipe(name)
+    recipe = recipe if recipe.select is None else dataclasses.replace(recipe, select=functools.partial(recipe.select, **settings))
+    step, params = TrainStep(tiny_policy().config, recipe, GENTLE, make_mesh()), tiny_policy().params
+    packed, table = packed_in(ONE_ROW_LENGTH)
+    made, state = edges_of(packed, table, step, params), step.init(params)
+    counted, losses_of = {}, {}
+    for number in (5, 6, 7, 8, 9):
+        state = step.init(params)
+        _, metrics = step.update(state, *more_of(packed, made, number))
+        counted[number], losses_of[number] = step.compiled, float(metrics["loss"])
+    of_whole_batches = 1 if recipe.select is None else 2  # denominators, and selection
+    assert counted[5] == counted[6] == counted[7] == counted[8] == 2 + of_whole_batches + 1
+    assert counted[9] == counted[8] + of_whole_batches
+    if recipe.select is None:  # equal micro-batches, each divided by the denominator of all: zeros that fill up count for nothing
+        np.testing.assert_allclose(list(losses_of.values()), losses_of[8], rtol=16 * EPS)
+
+
 @pytest.mark.slow
 def test_one_program_for_each_shape_of_a_micro_batch() -> None:
     """The objective is traced once for shapes and once for each shape of a micro-batch; other data, and more of it, compiles nothing."""

@@ -38,13 +38,17 @@ SHORTEST = 256  # cache positions that decoding looks at, at least, where their 
 class SamplerSettings:
     slots: int = 32  # conversations decoded at once
     context_length: int = 256  # prompt and response together, at most
-    group: int = 4  # slots decoded together; on a GPU, as many as there are slots
+    group: int = 0  # slots decoded together; 0: 4 on a CPU, where a few are done soonest, elsewhere all
     chunk: int = 16  # tokens of a piece of a prompt, and of a block of the prefix cache
     prefill_rows: int = 4  # pieces read together
     prefill_runs: int = 8  # times that in a turn, at most: who decodes waits no longer for who reads
     steps: int = 8  # tokens decoded in a turn
     prefix_cache_mb: float = 64  # 0: every prompt is read anew
     deterministic: bool = True  # a request gets the same bits whatever else is running; if not, shapes follow the load
+
+    def __post_init__(self) -> None:
+        if self.context_length % self.chunk or self.context_length < 1:
+            raise ValueError(f"context_length={self.context_length} must be a multiple of {self.chunk}, the tokens of a piece of a prompt")
 
 
 class PolicySampler:
@@ -61,13 +65,11 @@ class PolicySampler:
         end_ids: Sequence[int] = (),  # tokens that end a response besides the tokenizer's eos
     ) -> None:
         s = settings
-        if s.context_length % s.chunk:
-            raise ValueError(f"context_length={s.context_length} must be a multiple of chunk={s.chunk}")
         self.settings, self._config, self._tokenizer = settings, config, tokenizer
         self._params, self._version = params, policy_version
         self._ends = (int(tokenizer.eos_token_id), *end_ids)
         self._new_params: tuple[Params, int] | None = None
-        group = min(s.group, s.slots)
+        group = min(s.group or (4 if jax.default_backend() == "cpu" else s.slots), s.slots)
         self._shape = TurnShape(
             slots=-(-s.slots // group) * group,
             group=group,

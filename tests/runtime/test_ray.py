@@ -233,6 +233,30 @@ def test_the_settings_of_a_run_lead_to_the_cluster(cluster: Cluster) -> None:
         assert call_agent is None  # the runner's own place
 
 
+def test_a_run_on_a_cluster_is_the_run_on_this_host(cluster: Cluster, tmp_path: pathlib.Path) -> None:
+    from lightningrl.fit import CommandConfig, fit
+    from lightningrl.metrics import without_timings
+    from tests.test_fit import TINY
+
+    def agent(task: dict[str, Any], base_url: str, api_key: str) -> float:
+        body = {"model": "policy", "messages": [{"role": "user", "content": task["say"]}]}
+        headers = {"Authorization": f"Bearer {api_key}"}
+        reply = httpx.post(f"{base_url}/chat/completions", json=body, headers=headers, timeout=30).raise_for_status()
+        text = reply.json()["choices"][0]["message"]["content"]
+        return min(1.0, sum(character.isascii() for character in text) / 12)
+
+    tasks = [Task(f"t{i}", {"say": f"word {i}"}) for i in range(3)]
+
+    def run(runner: str) -> list[dict[str, Any]]:
+        places = {"runner": runner, "ray_address": cluster.address, "ray_cpus": 0.5, "cache": str(tmp_path / "cache")}
+        config = CommandConfig(out=str(tmp_path / runner), **places, **TINY)
+        return [without_timings(row) for row in fit(agent, tasks[:2], None, config, heldout={"heldout": tasks[2:]}).metrics]
+
+    metrics = run("ray")
+    assert metrics == run("local")
+    assert all(row["failed"] == 0 for row in metrics[1:])
+
+
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--runner=ray needs Ray, which is not installed: pip install 'lightningrl\[ray\]'"):

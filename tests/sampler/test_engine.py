@@ -102,6 +102,9 @@ def test_same_bits_at_any_concurrency_with_the_cache_on_off_and_full() -> None:
             results.append(converse(engine, work, concurrency) + run(engine, others, concurrency))
             hits.append(engine.counts.cache_hit_ratio)
             assert len(engine._prefixes) <= engine._prefixes.blocks
+    with sampler(dataclasses.replace(SETTINGS, prefix_cache_mb=0)) as engine:
+        results.append(converse(engine, work, 64) + run(engine, others, 64))
+        assert engine.counts.cache_hit_ratio == 0
     for other in results[1:]:
         assert_same(results[0], other)
     assert hits[3] == 0 < min(hits[4], hits[5]) < hits[0]  # off; something was given up; everything was kept

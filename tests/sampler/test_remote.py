@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -33,7 +33,7 @@ from lightningrl.sampler.remote import KEY, RELOADS, EngineSettings, RemoteSampl
 from lightningrl.serving import make_sampler
 from lightningrl.sharding import make_mesh
 from lightningrl.train import TrainStep
-from lightningrl.types import SamplingParams
+from lightningrl.types import Rollout, SamplingParams
 from tests.test_fit import TASKS, agent
 from tests.test_fit import config as config  # noqa: PLC0414 - a fixture
 from tests.tiny import tiny_policy
@@ -184,6 +184,29 @@ def test_a_fit_whose_responses_an_engine_samples(engine: str, tmp_path: pathlib.
         np.testing.assert_array_equal(again.token_ids, call.response_ids)
         np.testing.assert_array_equal(again.logprobs, call.logprobs)
         sampler.set_params(policy.params, 0)
+
+
+@pytest.mark.slow
+def test_an_engine_with_log_probs_of_its_own_is_corrected_for(engine: str, tmp_path: pathlib.Path, policy: Policy, config: Any) -> None:
+    """An engine that rounds otherwise: all its log-probs are 0.1 less than the trainer's, so that every token weighs e^0.1."""
+
+    def rounded_otherwise(rollouts: Sequence[Rollout], iteration: int) -> list[Rollout]:
+        return [
+            dataclasses.replace(r, transitions=tuple(dataclasses.replace(t, logprobs=t.logprobs - np.float32(0.1)) for t in r.transitions))
+            for r in rollouts
+        ]
+
+    save_policy(tmp_path / "policy", policy)
+    settings = {"engine": engine, "engine_reload": "lightningrl", "policy": str(tmp_path / "policy"), "context_length": CONTEXT}
+    moved = {}
+    for correction in ("truncated", "none"):
+        own = {"engine_correction": correction, "iterations": 1, "out": str(tmp_path / correction)}
+        fitted = fit(agent, TASKS[:4], None, dataclasses.replace(config, **settings, **own), alter=rounded_otherwise)
+        moved[correction] = fitted.metrics[1]
+    assert moved["truncated"]["logprob_gap_mean"] == pytest.approx(0.1, abs=1e-4)
+    assert moved["truncated"]["correction_weight_mean"] == pytest.approx(np.exp(0.1), abs=1e-4)
+    assert moved["truncated"]["grad_norm"] == pytest.approx(np.exp(0.1) * moved["none"]["grad_norm"], rel=1e-3)
+    assert "correction_weight_mean" not in moved["none"]
 
 
 @pytest.mark.slow
