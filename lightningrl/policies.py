@@ -169,9 +169,10 @@ def save_policies(directory: Path, start: Policy, step: TrainStep, policies: Pol
     saved = start if shared is None else dataclasses.replace(start, params=merged(step, shared))
     at = HOST if is_first() else None
     params, adapters = gathered(saved.params, at), {role: gathered(state.adapter, at) for role, state in policies.items()}
+    under = None if step.lora is None else gathered(start.params, at)
     if is_first():
         save_policy(directory, dataclasses.replace(saved, params=params))
-        base = "" if step.lora is None else base_hash(start.params)
+        base = "" if under is None else base_hash(under)
         for role, adapter in adapters.items():
             if step.lora is not None:
                 save_adapter(directory / adapter_name(role), adapter, step.lora, base)
