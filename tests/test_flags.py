@@ -115,7 +115,10 @@ def main():
         case "missing": open("nowhere.sqlite")
         case "port": raise OSError(98, "Address already in use")
         case "defect": raise ValueError("a bug")
-        case "interrupt": os.kill(os.getpid(), signal.SIGINT); signal.pause()
+        case "interrupt":
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
 
 if __name__ == "__main__":
     flags.run_app(main)
