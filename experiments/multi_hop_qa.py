@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,14 +23,16 @@ from experiments.agents import qa_agents_sdk
 from experiments.training import Data, Experiment, TrainingConfig
 from lightningrl import flags
 from lightningrl.config import cache_folder, setting
+from lightningrl.errors import UserError
 from lightningrl.fit import Fitted
 from lightningrl.runtime.store import Store
 from lightningrl.tasks.multi_hop_qa import chains, metric
 from lightningrl.tasks.multi_hop_qa.data import data_sets, load_questions
 from lightningrl.tasks.multi_hop_qa.demonstrations import Prompts, demonstrate
 from lightningrl.tasks.multi_hop_qa.questions import Attempt, Question
-from lightningrl.tasks.multi_hop_qa.retrieval import open_corpus, search_as_text
+from lightningrl.tasks.multi_hop_qa.retrieval import MakeRetriever, bm25, open_corpus, search_as_text
 from lightningrl.tasks.multi_hop_qa.worlds import build_worlds
+from lightningrl.text_encoder import DenseRetrieval
 from lightningrl.types import Rollout, Task
 
 SEARCH = qa_agents_sdk.search
@@ -53,6 +55,10 @@ class Config(TrainingConfig):
     data_dir: str | None = setting(
         None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
     )
+    encoder: str | None = setting(None, "for --data_dir: an encoder checkpoint, whose vectors find passages; none: BM25 does")
+    encoder_pooling: Literal["first", "mean"] = setting("first", "its vector of a text: the first token's (BGE), or the tokens' mean (E5)")
+    encoder_query_prefix: str = setting("", "what it wants before a query, such as 'query: '")
+    encoder_passage_prefix: str = setting("", "and before a passage")
     worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
     iterations: int = setting(20, "times the agents run and the policy is updated")
     eval_every: int = setting(10, "iterations between evaluations on the held-out tasks")
@@ -64,7 +70,10 @@ class Config(TrainingConfig):
 
 def load_data(config: Config, folder: Path) -> Data[Question]:
     """The questions that the settings ask for; generated worlds are written into `folder`."""
+    if config.encoder and not config.data_dir:
+        raise UserError("--encoder is for the passages of --data_dir: generated questions are made, and shown, to be answered with BM25")
     if config.data_dir:
+        retrieval_of(config)
         found = data_sets(config.data_dir)
         heldout = [q for path in found for q in load_questions(path, "eval")]
         order = np.random.default_rng([config.seed, 2]).permutation(len(heldout))
@@ -142,8 +151,17 @@ def accuracy(runs: Sequence[tuple[Question, Rollout]]) -> dict[str, float]:
 
 def agent(config: Config) -> Callable[..., Any]:
     """The agent, whose searches keep the indexes of large corpora beside the warm starts."""
-    cache = cache_folder(config) / "retrieval"
-    return functools.partial(qa_agents_sdk.answer, find=functools.partial(search_as_text, cache=str(cache)))
+    find = functools.partial(search_as_text, cache=str(cache_folder(config) / "retrieval"), make=retrieval_of(config))
+    return functools.partial(qa_agents_sdk.answer, find=find)
+
+
+def retrieval_of(config: Config) -> MakeRetriever:
+    """Raises UserError for an encoder that is not there."""
+    if config.encoder is None:
+        return bm25
+    if not Path(config.encoder).is_dir():
+        raise UserError(f"--encoder={config.encoder}: there is no such folder; give a local encoder checkpoint")
+    return DenseRetrieval(config.encoder, config.encoder_pooling, config.encoder_query_prefix, config.encoder_passage_prefix)
 
 
 SEARCH_OF_A_WORLD = functools.partial(search_as_text, results=chains.RESULTS)

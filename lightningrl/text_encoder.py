@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from lightningrl.errors import UserError
+from lightningrl.tasks.multi_hop_qa.passages import Passage
+from lightningrl.tasks.multi_hop_qa.retrieval import Dense
+
+Pooling = Literal["first", "mean"]
 
 
 class TextEncoder:
@@ -28,7 +34,7 @@ class TextEncoder:
         self,
         folder: str | Path,
         *,
-        pooling: Literal["first", "mean"] = "first",
+        pooling: Pooling = "first",
         normalize: bool = True,
         prefix: str = "",
         max_tokens: int = 512,
@@ -66,3 +72,27 @@ class TextEncoder:
         if self.normalize:
             vectors = self._torch.nn.functional.normalize(vectors, dim=-1)
         return vectors.numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseRetrieval:
+    """For `retrieval.open_corpus`: dense retrieval with an encoder checkpoint, which a process loads once for all corpora.
+
+    Vectors are kept under a hash of the passages, of these settings and of the checkpoint's files by size and time.
+    """
+
+    folder: str  # the checkpoint, a local directory
+    pooling: Pooling = "first"
+    query_prefix: str = ""  # what the checkpoint wants before a query, such as E5's "query: "
+    passage_prefix: str = ""
+
+    def __call__(self, passages: Sequence[Passage], cache: Path | None) -> Dense:
+        encode, encode_query = (_encoder(self.folder, self.pooling, prefix) for prefix in (self.passage_prefix, self.query_prefix))
+        files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(self.folder).iterdir())
+        name = repr([str(Path(self.folder).resolve()), files, self.pooling, self.passage_prefix])
+        return Dense(passages, encode, encode_query=encode_query, cache=cache, name=name)
+
+
+@functools.lru_cache(maxsize=2)  # of queries and of passages
+def _encoder(folder: str, pooling: Pooling, prefix: str) -> TextEncoder:
+    return TextEncoder(folder, pooling=pooling, prefix=prefix)

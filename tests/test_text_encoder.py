@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lightningrl.errors import UserError
-from lightningrl.tasks.multi_hop_qa.passages import Passage
-from lightningrl.tasks.multi_hop_qa.retrieval import Dense
-from lightningrl.text_encoder import TextEncoder
+from lightningrl.tasks.multi_hop_qa.passages import Passage, save_passages
+from lightningrl.tasks.multi_hop_qa.retrieval import Dense, as_text, open_corpus, search_as_text
+from lightningrl.text_encoder import DenseRetrieval, TextEncoder
 
 TEXTS = ["the old mill", "a river", "", "mill river sea old the a " * 40, "sea"]
 
@@ -67,6 +69,22 @@ def test_a_passage_is_found_by_its_own_words(checkpoint: Path) -> None:
     retriever = Dense(passages, TextEncoder(checkpoint, pooling="mean", max_tokens=64))
     for i, passage in enumerate(passages):
         assert retriever.ranked(f"{passage.title}\n{passage.text}", 1) == [i]
+
+
+def test_an_agents_searches_may_be_dense(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = [Passage("a", "the", "old mill"), Passage("b", "sea", "sea"), Passage("c", "river", "a river")]
+    save_passages(tmp_path / "corpus.jsonl", passages)
+    make = DenseRetrieval(str(checkpoint), "mean", query_prefix="query : ")
+    search = pickle.loads(pickle.dumps(functools.partial(search_as_text, cache=str(tmp_path / "cache"), make=make)))  # to other processes
+    encoders = {name: TextEncoder(checkpoint, pooling="mean", prefix=name) for name in ("", "query : ")}
+    expected = Dense(passages, encoders[""], encode_query=encoders["query : "])
+    for query in ("old mill", "sea", "a river"):
+        assert search(str(tmp_path / "corpus.jsonl"), query, 3) == as_text([passages[i] for i in expected.ranked(query, 3)])
+    assert open_corpus(tmp_path / "corpus.jsonl") is not open_corpus(tmp_path / "corpus.jsonl", make=make)
+    # The vectors are found again where the checkpoint is the same.
+    (kept,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr("lightningrl.tasks.multi_hop_qa.retrieval._keep", lambda *_: pytest.fail("encoded again"))
+    np.testing.assert_array_equal(make(passages, tmp_path / "cache").vectors, np.load(kept / "vectors.npy"))
 
 
 def test_what_cannot_be_an_encoder_is_said(tmp_path: Path) -> None:

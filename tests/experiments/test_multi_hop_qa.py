@@ -112,3 +112,7 @@ def test_real_data_is_taken_from_a_folder(tmp_path: Path) -> None:
     assert task_of(one.train[0]).input["results"] == 3 and demonstrations_for(EXPERIMENT, one.train, SMALL) == []
     with pytest.raises(UserError, match="no corpus.jsonl"):
         load_data(dataclasses.replace(SMALL, data_dir=str(tmp_path / "none")), tmp_path / "out")
+    with pytest.raises(UserError, match="there is no such folder; give a local encoder checkpoint"):
+        load_data(dataclasses.replace(SMALL, data_dir=str(tmp_path), encoder=str(tmp_path / "none")), tmp_path / "out")
+    with pytest.raises(UserError, match="--encoder is for the passages of --data_dir"):
+        load_data(dataclasses.replace(SMALL, encoder=str(tmp_path)), tmp_path / "out")

@@ -151,38 +151,49 @@ def as_text(passages: Sequence[Passage], max_chars: int = MAX_CHARS) -> str:
     return "\n".join(shown(passage, max_chars) for passage in passages)
 
 
+MakeRetriever = Callable[[Sequence[Passage], Path | None], Retriever]  # from a corpus, and the folder for what is worth keeping
+
+
+def bm25(passages: Sequence[Passage], cache: Path | None) -> Bm25:
+    """The default; indexes of small corpora are made anew in less time than they are found in."""
+    return Bm25(passages, cache=cache if len(passages) >= _LARGE else None)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Opened:
     stamp: tuple[int, int, int]
-    retriever: Bm25
+    retriever: Retriever
 
 
-_OPENED: collections.OrderedDict[str, _Opened] = collections.OrderedDict()
+_OPENED: collections.OrderedDict[tuple[str, MakeRetriever], _Opened] = collections.OrderedDict()
 _LOCK = threading.Lock()
 
 
-def open_corpus(corpus: str | Path, *, cache: Path | None = None) -> Bm25:
-    """BM25 over a corpus file; once opened it stays in memory until the file changes. May be called from any thread.
+def open_corpus(corpus: str | Path, *, cache: Path | None = None, make: MakeRetriever = bm25) -> Retriever:
+    """A retriever over a corpus file; once opened it stays in memory until the file changes. May be called from any thread.
+
+    Args:
+        make: `bm25`, or another that equals itself, such as `text_encoder.DenseRetrieval`.
 
     Raises `UserError` for a file that is missing or broken.
     """
     path = Path(corpus)
     stamp = _stamp(path)
     with _LOCK:
-        known = _OPENED.get(str(path))
+        known = _OPENED.get((str(path), make))
         if known is None or known.stamp != stamp:
             passages = load_passages(path)
-            known = _Opened(stamp, Bm25(passages, cache=cache if len(passages) >= _LARGE else None))
-            _OPENED[str(path)] = known
-        _OPENED.move_to_end(str(path))
+            known = _Opened(stamp, make(passages, cache))
+            _OPENED[str(path), make] = known
+        _OPENED.move_to_end((str(path), make))
         if len(_OPENED) > _OPEN_CORPORA:
             _OPENED.popitem(last=False)
     return known.retriever
 
 
-def search_as_text(corpus: str, query: str, results: int = RESULTS, cache: str | None = None) -> str:
+def search_as_text(corpus: str, query: str, results: int = RESULTS, cache: str | None = None, make: MakeRetriever = bm25) -> str:
     """The search tool as the agent has it: the best passages of a corpus file, as text."""
-    retriever = open_corpus(corpus, cache=None if cache is None else Path(cache))
+    retriever = open_corpus(corpus, cache=None if cache is None else Path(cache), make=make)
     return as_text([retriever.passages[i] for i in retriever.ranked(query, results)])
 
 
