@@ -2,8 +2,8 @@
 
     python scripts/bench_gpu.py --json FILE [--size 1b,3b]
 
-Weights are random, shapes those of Llama 3.2, and one device is used. What it can do is measured first: FLOP/s of the best of some large bf16
-products, and bytes/s of reading and writing large arrays. Then, of every size, medians of five after a warm-up:
+Weights are random, shapes those of Llama 3.2, and one device is used. What it can do is measured first: FLOP/s of the best of some large
+bf16 products, and bytes/s of reading and writing large arrays. Then, of every size, medians of five after a warm-up:
 
 - update: one update of `TrainStep` on the calls of scripts/bench_train_calls.npz, of which every token becomes 16: calls have up to
   1,904 tokens, in rows of 4,096, and share as much as they do there. FLOPs are those of `bench_train.Ours.flops`: with P parameters in
@@ -61,6 +61,7 @@ REPEATS = 5
 GOAL = 0.5  # the update's share of the matmul rate
 SIDES = {True: (4096, 8192, 16_384), False: (256, 512)}  # of the products that tell the rate, on a GPU and elsewhere
 NUMBERS = {True: 2**28, False: 2**22}  # in an array that tells the memory's rate
+TO_DO = "run it on a machine with one, after pip install --editable '.[gpu]', or give --size tiny."
 DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
@@ -105,7 +106,8 @@ def update(work: Work, rates: Rates) -> dict[str, Any]:
     ours = Ours(work.model, rollouts, work.rows, lora=way.lora, compute_dtype=jnp.bfloat16, remat=way.remat)
     seconds, packed = seconds_of(ours.seconds), ours.packed
     result: dict[str, Any] = {"trained": way.trained, "remat": way.remat, "bytes_by_formula": way.bytes, "most_bytes_so_far": memory()[1]}
-    result |= {"useful_tokens": packed.row_tokens, "computed_tokens": packed.computed_tokens, "micro_batches": len(packed.rows)}
+    result |= {"useful_tokens": packed.row_tokens, "computed_tokens": packed.computed_tokens, "actions": int(packed.edges.mask.sum())}
+    result |= {"with_padding": {"tokens": sum(r.tokens.size for r in packed.rows), "actions": packed.edges.mask.size}}
     result |= {"seconds": seconds, "useful_tokens_per_second": packed.row_tokens / seconds, "flops": ours.flops()}
     return result | {"share_of_matmul_rate": ours.flops() / seconds / rates.flops}
 
@@ -237,11 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=sizes, default=["1b", "3b"], help=f"some of {', '.join(SIZES)}, with commas (default: 1b,3b)")
     given = parser.parse_args(arguments)
     if given.size != ["tiny"] and not on_gpu():
-        seen_here = jax.default_backend()
-        print(
-            f"bench_gpu.py: JAX sees no GPU but {seen_here}: run it where there is one with jax[cuda12] installed, or give --size tiny.",
-            file=sys.stderr,
-        )
+        print(f"bench_gpu.py: JAX sees no GPU, only {jax.default_backend()}: {TO_DO}", file=sys.stderr)
         return 2
     rates = rates_of_the_chip()
     said: dict[str, Any] = {**chip(), "matmul_flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth}

@@ -31,13 +31,13 @@ class Work:
 
     model: ModelConfig
     times: int = 16  # tokens that every recorded one becomes
-    rows: RowSettings = RowSettings((4096,), 8192, 4096)
+    rows: RowSettings = RowSettings((4096,), 8192, 5120)
     context: int = 2048  # tokens in the cache of each slot
     steps: int = 32  # tokens that each decodes in a turn
 
 
 SIZES = {
-    "tiny": Work(ModelConfig(VOCAB, 64, 2, 4, 2, 16, 128, 4096), times=1, rows=ROWS, context=64, steps=8),
+    "tiny": Work(ModelConfig(VOCAB, 64, 1, 4, 2, 16, 128, 4096), times=1, rows=ROWS, context=64, steps=8),
     "1b": Work(MODELS["1B"]),
     "3b": Work(MODELS["3B"]),
 }
@@ -50,8 +50,8 @@ def lengthened(rollouts: Sequence[Rollout], times: int) -> list[Rollout]:
         return (ids[:, None] * times + np.arange(times)).reshape(-1).astype(np.int32)
 
     def call(t: Transition) -> Transition:
-        ids = {"prompt_ids": longer(t.prompt_ids), "response_ids": longer(t.response_ids)}
-        return dataclasses.replace(t, **ids, logprobs=np.repeat(t.logprobs, times))
+        prompt, response = longer(t.prompt_ids), longer(t.response_ids)
+        return dataclasses.replace(t, prompt_ids=prompt, response_ids=response, logprobs=np.repeat(t.logprobs, times))
 
     return [dataclasses.replace(r, transitions=tuple(map(call, r.transitions))) for r in rollouts]
 
@@ -72,8 +72,8 @@ class Way:
 def way_to_train(work: Work, memory: float) -> Way:
     """All parameters without remat, all of them with it, or an adapter: the first that fits the memory; the last if none does.
 
-    To what `scaling.update_bytes` counts, weights rounded to bf16 are added. Of an adapter, the float32 base takes 4 bytes a parameter and what
-    is trained next to nothing. Every token is taken for an action.
+    To what `scaling.update_bytes` counts, the weights rounded to bf16 are added. Of an adapter, the float32 base takes 4 bytes a parameter
+    and what is trained next to nothing. Every token is taken for an action.
     """
     row = work.rows.lengths[-1]
     again = Workload(tokens=1, edges=1, row=row, rows=work.rows.rows(row, 1))
