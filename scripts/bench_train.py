@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,9 +31,12 @@ import numpy as np
 
 from lightningrl.losses import count_units
 from lightningrl.model.config import ModelConfig
+from lightningrl.model.decoder import Remat
+from lightningrl.model.lora import LoraSettings, init_lora
 from lightningrl.model.params import init_params
-from lightningrl.packing.rows import PackedBatch, RowSettings, pack
+from lightningrl.packing.rows import PackedBatch, Rows, RowSettings, pack
 from lightningrl.recipes import get_recipe
+from lightningrl.scaling import layer_params
 from lightningrl.sharding import make_mesh
 from lightningrl.tabulate import table_from_rollouts
 from lightningrl.train import EdgeBatch, OptimizerSettings, TrainStep, make_optimizer
@@ -41,6 +45,7 @@ from lightningrl.types import Rollout, Task, Transition
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CALLS = ROOT / "scripts" / "bench_train_calls.npz"
 THREADS, VOCAB, REPEATS = 2, 1088, 3
+ROWS = RowSettings((256,), 1024, 256)
 SHAPES = {128: (4, 4, 2), 512: (2, 8, 4), 1024: (2, 16, 8)}  # layers, heads, key/value heads of each hidden size
 
 
@@ -66,16 +71,33 @@ def recorded() -> list[Rollout]:
     return rollouts
 
 
-class Ours:
-    """One update of our own train step."""
+def seen(rows: Rows) -> float:
+    """Pairs of a token and one that it sees: as many for each as it lies deep, and itself."""
+    return float(np.sum((np.asarray(rows.positions, np.float64) + 1) * (np.asarray(rows.end) > 0)))
 
-    def __init__(self, hidden: int, rollouts: list[Rollout], share: bool) -> None:
-        self.config = config_of(hidden)
+
+class Ours:
+    """One update of our own train step, on the recorded calls or others of as many rollouts."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rollouts: list[Rollout],
+        rows: RowSettings = ROWS,
+        *,
+        share: bool = True,
+        lora: LoraSettings | None = None,
+        compute_dtype: Any = None,
+        remat: Remat = "none",
+    ) -> None:
+        self.config = config
         transitions = [t for r in rollouts for t in r.transitions]
         table = table_from_rollouts(rollouts, size=len(transitions))
-        self.packed: PackedBatch = pack(transitions, range(len(transitions)), RowSettings((256,), 1024, 256), share=share)
-        self.step = TrainStep(self.config, get_recipe("lightningrl"), make_optimizer(OptimizerSettings(1e-5)), make_mesh())
-        self.state = self.step.init(init_params(self.config, jax.random.key(0)))
+        self.packed: PackedBatch = pack(transitions, range(len(transitions)), rows, share=share)
+        optimizer, settings = make_optimizer(OptimizerSettings(1e-5)), {"lora": lora, "compute_dtype": compute_dtype, "remat": remat}
+        self.step = TrainStep(config, get_recipe("lightningrl"), optimizer, make_mesh(), **settings)
+        adapter = None if lora is None else init_lora(config, jax.random.key(1), lora)
+        self.state = self.step.init(init_params(config, jax.random.key(0)), adapter)
         edges = dataclasses.replace(self.packed.edges, old_logp=self.packed.edges.behaviour_logp)
         with np.load(CALLS) as file:
             advantage = file["advantage"]
@@ -91,11 +113,9 @@ class Ours:
     def flops(self) -> float:
         """Of matrix products: 2 a token and parameter forward, 4 backward, the head's for action tokens, and the scores of tokens seen."""
         c = self.config
-        per_layer = c.hidden_size * (c.num_heads * c.head_dim * 2 + 2 * c.num_kv_heads * c.head_dim + 3 * c.intermediate_size)
-        seen = sum(float(np.sum((r.positions + 1) * (r.end > 0))) for r in self.packed.rows)
-        attention = c.num_layers * 2 * c.num_heads * c.head_dim * seen
-        head = VOCAB * c.hidden_size * float(self.packed.edges.mask.sum())
-        return 6 * (self.packed.computed_tokens * c.num_layers * per_layer + head + attention)
+        attention = c.num_layers * 2 * c.num_heads * c.head_dim * sum(map(seen, self.packed.rows))
+        head = c.vocab_size * c.hidden_size * float(self.packed.edges.mask.sum())
+        return 6 * (self.packed.computed_tokens * c.num_layers * layer_params(c) + head + attention)
 
     def bytes(self) -> int:
         """Arguments and temporaries of the compiled gradient of the largest micro-batch, from its memory analysis."""
@@ -156,11 +176,11 @@ def peers_batch(rollouts: list[Rollout], directory: pathlib.Path) -> pathlib.Pat
     return directory / "batch.npz"
 
 
-def matmul_peak() -> float:
-    """FLOP/s of the best of some large float32 products, of this machine in this sitting."""
+def matmul_peak(sides: Sequence[int] = (1024, 2048), dtype: Any = jnp.float32) -> float:
+    """FLOP/s of the best of some large square products, of this machine in this sitting."""
     best = 0.0
-    for n in (1024, 2048):
-        a = jnp.ones((n, n), jnp.float32)
+    for n in sides:
+        a = jax.random.normal(jax.random.key(n), (n, n), dtype)  # a GPU is faster on equal numbers, which take it less power
         multiply = jax.jit(jnp.matmul)
         multiply(a, a).block_until_ready()
         for _ in range(4):
@@ -171,7 +191,7 @@ def matmul_peak() -> float:
 
 
 def measure(hidden: int, rollouts: list[Rollout], python: pathlib.Path | None, batch: pathlib.Path) -> dict[str, Any]:
-    ours = {"trie": Ours(hidden, rollouts, share=True), "rows": Ours(hidden, rollouts, share=False)}
+    ours = {"trie": Ours(config_of(hidden), rollouts), "rows": Ours(config_of(hidden), rollouts, share=False)}
     peers = {way: Peer(python, way, hidden, batch) for way in ("torch", "trl")} if python else {}
     runners: dict[str, Any] = {**ours, **peers}
     for one in ours.values():
