@@ -7,6 +7,7 @@ own is a function in the place of `credit`. `python -m lightningrl.recipes` prin
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import signal
 from typing import Any
@@ -429,10 +430,12 @@ def get_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-      ValueError: there is none; the sentence lists those there are.
+      ValueError: there is none; the sentence lists those there are, and after them what was probably meant.
     """
     if name not in RECIPES:
-        raise ValueError(f"There is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}.")
+        near = difflib.get_close_matches(name, RECIPES, cutoff=0.5)
+        hint = f"; nearest to it: {', '.join(near)}" if near else ""
+        raise ValueError(f"There is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}{hint}.")
     return RECIPES[name]
 
 

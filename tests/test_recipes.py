@@ -96,8 +96,12 @@ def test_ppo_and_its_critic_agree_on_gamma_and_lambda():
 
 
 def test_an_unknown_recipe_gets_the_list():
-    with pytest.raises(ValueError, match=f"no recipe 'grop': choose one of {', '.join(sorted(RECIPES))}"):
-        get_recipe("grop")
+    every = ", ".join(sorted(RECIPES))
+    for name, near in (("grop", "grpo"), ("turn_ppo", "ppo"), ("lightningrl-rtg", "lightningrl_rtg")):
+        with pytest.raises(ValueError, match=rf"no recipe '{name}': choose one of {every}; nearest to it: .*\b{near}\b.*\.$"):
+            get_recipe(name)
+    with pytest.raises(ValueError, match=f"no recipe 'xyzzy': choose one of {every}\\.$"):
+        get_recipe("xyzzy")
 
 
 def test_recipes_that_do_not_fit_are_refused():
