@@ -160,10 +160,10 @@ def report_text(results: Mapping[str, Any]) -> str:
             "",
             f"Greedy reward on {of_task['heldout_questions']} held-out questions; means over seeds, with 95 % bootstrap intervals. "
             f"*Less* compares with `{first}` from the same warm starts after equal numbers of rollouts, extra ones counted; "
-            f"*at half* after half of the rollouts of `{first}`, with what that has at its end. Every recipe is evaluated "
-            "after equal numbers of rollouts, to within an iteration of its own; between evaluations the reward is taken to be on a "
-            "straight line. *Rollouts* and *tokens* are those until that reward, and *share* is their part of its rollouts, which may be below "
-            "1 by chance. *Unseen* are questions about databases that were not trained on.",
+            f"*at half* after half of the rollouts of `{first}`, with what that has at its end. Every recipe is evaluated after equal "
+            "numbers of rollouts, to within an iteration of its own; between evaluations the reward is taken to be on a straight line. "
+            "*Rollouts* and *tokens* are those until that reward, and *share* is their part of its rollouts, which may be below 1 by "
+            "chance. *Unseen* are questions about databases that were not trained on.",
             "",
             f"| recipe | seeds | before | after | unseen before → after | less `{first}` | at half | came there "
             "| rollouts | tokens | share | minutes a run |",
