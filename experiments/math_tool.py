@@ -126,6 +126,7 @@ EXPERIMENT = Experiment(
     shown=ends_in_answer,
     content=lambda problem: [problem.question, problem.answer],
     report=by_steps,
+    roles=("policy",),
     unseen="of SVAMP's challenge set",
 )
 

@@ -177,6 +177,7 @@ EXPERIMENT = Experiment(
     content=lambda question: [question.question, question.answers, question.support],
     files=lambda question: [question.corpus],
     report=report,
+    roles=("agent",),
     smoke={"worlds": 8},
 )
 

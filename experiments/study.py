@@ -3,12 +3,13 @@
     python -m experiments.study --task=sql --recipes=lightningrl,gigpo,ppo --seeds=3 --out=runs/study
     python -m experiments.study --task=sql --recipes=lightningrl,lightningrl@writer,lightningrl@writer+rewriter --out=runs/roles
     python -m experiments.study --task=all --recipes=lightningrl,rft,more_supervised --seeds=5 --out=runs/baselines
+    python -m experiments.study --recipes=lightningrl,gigpo,vineppo --rollouts=9000 --settings=iterations=60 --out=runs/credit
 
 What is compared is a recipe; `RECIPE@ROLE+ROLE` trains the calls of those roles only, and `more_supervised` spends what the first
-recipe computed on more supervised steps. Each cell is the experiment's own command, from one warm start for a task and seed. A cell
-that is done is a file in OUT/cells, and is not run again. Without OUT/runs a seed's warm start is made anew, on another machine with other
-rounding: keep them until a seed has all its recipes. OUT/report.md, results.json and the figures are written
-anew after every cell.
+recipe computed on more supervised steps. `--rollouts` ends every run when it has run so many, branched ones counted. Each cell is
+the experiment's own command, from one warm start for a task and seed. A cell that is done is a file in OUT/cells, and is not run again.
+Without OUT/runs a seed's warm start is made anew, on another machine with other rounding: keep them until a seed has all its recipes.
+OUT/report.md, results.json and the figures are written anew after every cell.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import tqdm
 
 from experiments import math_tool, multi_hop_qa, text_to_sql
 from experiments.study_report import MORE_SUPERVISED, Cell, Point, write_report
-from experiments.training import SMOKE, equal_compute_steps, write_whole
+from experiments.training import SMOKE, check_roles, equal_compute_steps, write_whole
 from lightningrl import flags
 from lightningrl.config import setting
 from lightningrl.errors import UserError, settings_of_a_person
@@ -36,9 +38,9 @@ from lightningrl.metrics import read_metrics
 from lightningrl.recipes import get_recipe
 
 TASKS: Mapping[str, Any] = {"sql": text_to_sql, "qa": multi_hop_qa, "math": math_tool}
-EXTRA_ROLLOUTS = ("branch_rollouts", "greedy_rollouts")  # what producers of evidence had run
 MANIFEST = ("commit", "machine", "python", "versions")
-OWN = ("out", "seed", "recipe", "train_roles", "policy")  # settings that a study makes
+OWN = ("out", "seed", "recipe", "train_roles", "policy", "rollout_budget")  # settings that a study makes
+LENGTH = ("iterations", "tasks_per_iteration", "rollouts_per_task")  # settings that say how many rollouts a run has at least
 TUNING_SEED = 1000  # for choosing settings, and never reported
 
 
@@ -48,6 +50,7 @@ class Config:
     recipes: tuple[str, ...] = setting(("lightningrl", "reinforce_pp", "gigpo", "ppo"), "what is compared with the first of them")
     seeds: int = setting(3, "runs of each")
     first_seed: int = setting(0, "the first of these seeds")
+    rollouts: int = setting(0, "ends every run after the iteration in which it has run as many, extra ones counted; 0: iterations do")
     settings: tuple[str, ...] = setting((), "settings of every run, as NAME=VALUE, comma-separated")
     grid: tuple[str, ...] = setting((), "settings tried for every recipe on a seed of its own, as NAME=VALUE or several joined with +")
     out: str = setting("runs/study", "folder for the results; a study that is there already goes on")
@@ -126,8 +129,10 @@ def check(config: Config, tasks: Sequence[str]) -> None:
     if len(set(config.recipes)) < len(config.recipes):
         raise UserError("a recipe is given twice")
     with settings_of_a_person():
-        for recipe in {arm.partition("@")[0] for arm in config.recipes} - {MORE_SUPERVISED}:
+        for recipe, roles in map(parts_of, arms_of(config)):
             get_recipe(recipe)
+            for task in tasks:
+                check_roles(roles, TASKS[task].EXPERIMENT)
     choices = [part for choice in config.grid for part in choice.split("+")]
     for text in (*config.settings, *choices):
         name, equals, _ = text.partition("=")
@@ -136,12 +141,51 @@ def check(config: Config, tasks: Sequence[str]) -> None:
                 raise UserError(f"{text!r} is no NAME=VALUE of a setting of {TASKS[task].__name__}: its --help lists them")
         if name in OWN or (name == "iterations" and text in choices):
             raise UserError(f"{name} is what a study sets itself, or what its runs are compared at: leave {text!r} out")
+    if config.rollouts < 0:
+        raise UserError(f"rollouts={config.rollouts} must be at least 0")
+    for task in tasks if config.rollouts else ():
+        for choice in config.grid or ("",):
+            check_length(config, TASKS[task], settings_of(config, task) | settings_in(choice.split("+")))
+
+
+def arms_of(config: Config) -> list[str]:
+    """What is trained with reinforcement learning."""
+    return [arm for arm in config.recipes if arm != MORE_SUPERVISED]
+
+
+def parts_of(arm: str) -> tuple[str, list[str]]:
+    """The recipe, and the roles that are trained; none named: all."""
+    recipe, at, roles = arm.partition("@")
+    return recipe, roles.split("+") if at else []
+
+
+def check_length(config: Config, module: Any, settings: Mapping[str, str]) -> None:
+    """Refuses iterations that end before the rollouts do: runs would not be compared at equal numbers of them."""
+    with settings_of_a_person():
+        iterations, *each = (int(settings.get(name, getattr(module.Config(), name))) for name in LENGTH)
+    if iterations * math.prod(each) < config.rollouts:
+        needed = -(-config.rollouts // math.prod(each))
+        raise UserError(
+            f"{iterations} iterations of {module.__name__} end before {config.rollouts} rollouts: give --settings=iterations={needed}"
+        )
+
+
+def settings_in(texts: Sequence[str]) -> dict[str, str]:
+    return dict(text.split("=", 1) for text in texts if text)
+
+
+def settings_of(config: Config, task: str) -> dict[str, str]:
+    """What all runs of a task are given."""
+    small = SMOKE | dict(TASKS[task].EXPERIMENT.smoke) if config.smoke else {}
+    budget = {"rollout_budget": str(config.rollouts)} if config.rollouts else {}
+    return {name: str(value) for name, value in small.items()} | settings_in(config.settings) | budget
 
 
 def same_study(out: Path, config: Config) -> None:
     """Refuses to mix runs of different settings in one folder; which recipes, tasks and seeds there are may grow."""
     path = out / "study.json"
     ours = {"settings": sorted(config.settings), "grid": sorted(config.grid), "smoke": config.smoke, "first": config.recipes[0]}
+    ours |= {"rollouts": config.rollouts} if config.rollouts else {}
     if path.exists() and (theirs := json.loads(path.read_text())) != ours:
         raise UserError(f"{out} holds a study of other settings ({theirs}, now {ours}): give another --out or the same settings")
     write_whole(path, json.dumps(ours, indent=1) + "\n")
@@ -149,8 +193,7 @@ def same_study(out: Path, config: Config) -> None:
 
 def tuning_jobs(config: Config, tasks: Sequence[str]) -> list[Job]:
     """Each recipe with each choice of the grid, on a seed that is not reported."""
-    arms = [arm for arm in config.recipes if arm != MORE_SUPERVISED]
-    return [Job(task, arm, TUNING_SEED, choice) for task in tasks for arm in arms for choice in config.grid]
+    return [Job(task, arm, TUNING_SEED, choice) for task in tasks for arm in arms_of(config) for choice in config.grid]
 
 
 def best_choice(config: Config, out: Path, job: Job) -> list[str]:
@@ -165,8 +208,7 @@ def run_cell(config: Config, out: Path, job: Job, bar: tqdm.tqdm) -> None:
     """Runs a cell, after the warm start that it shares with others, and writes down what came of it."""
     start = out / "runs" / Job(job.task, "start", job.seed).place
     module = TASKS[job.task]
-    small = SMOKE | dict(module.EXPERIMENT.smoke) if config.smoke else {}
-    settings = {name: str(value) for name, value in small.items()} | dict(text.split("=", 1) for text in config.settings)
+    settings = settings_of(config, job.task)
     common = [f"--seed={job.seed}", *(f"--{name}={value}" for name, value in settings.items())]
     if not (start / "summary.json").exists():
         run(module, start, [*common, "--iterations=0"], bar, 0)
@@ -176,10 +218,10 @@ def run_cell(config: Config, out: Path, job: Job, bar: tqdm.tqdm) -> None:
         steps += read_cell(out, dataclasses.replace(job, arm=config.recipes[0])).equal_compute_steps
         own = ["--iterations=0", f"--imitation_steps={steps}"]
     else:
-        recipe, _, roles = job.arm.partition("@")
+        recipe, roles = parts_of(job.arm)
         chosen = [f"--{text}" for text in best_choice(config, out, job)]
         own = [f"--policy={start / 'start'}", "--imitation_steps=0", f"--recipe={recipe}", *chosen]
-        own += [f"--train_roles={roles.replace('+', ',')}"] if roles else []
+        own += [f"--train_roles={','.join(roles)}"] if roles else []
     command = run(module, folder, [*common, *own], bar, 1)
     write_whole(cell_path(out, job), json.dumps(dataclasses.asdict(cell_of(job, folder, command)), indent=1) + "\n")
 
@@ -202,7 +244,7 @@ def run(module: Any, folder: Path, own: Sequence[str], bar: tqdm.tqdm, share: fl
             time.sleep(0.5)
             rows = read_metrics(folder)
             if share and rows:
-                bar.n = begun + share * min(rows[-1]["iteration"] / iterations_of(folder), 0.99)
+                bar.n = begun + share * min(part_done(folder, rows[-1]), 0.99)
                 bar.set_postfix_str(f"reward {rows[-1].get('train_reward', rows[0]['heldout_reward']):.3f}")
     if process.returncode:
         said = log.read_text().strip().splitlines()
@@ -212,9 +254,12 @@ def run(module: Any, folder: Path, own: Sequence[str], bar: tqdm.tqdm, share: fl
     return ["python", *command]
 
 
-def iterations_of(folder: Path) -> int:
-    path = folder / "manifest.json"
-    return max(json.loads(path.read_text())["config"]["iterations"], 1) if path.exists() else 1
+def part_done(folder: Path, row: Mapping[str, Any]) -> float:
+    """How much of a run is done after the iteration of this line of its metrics."""
+    config = json.loads((folder / "manifest.json").read_text())["config"]
+    if budget := config.get("rollout_budget"):
+        return row["rollouts_so_far"] / budget
+    return row["iteration"] / max(config["iterations"], 1)
 
 
 @contextlib.contextmanager
@@ -233,15 +278,11 @@ def cell_of(job: Job, folder: Path, command: list[str]) -> Cell:
     """What a finished run came to."""
     rows = read_metrics(folder)
     summary, manifest = (json.loads((folder / name).read_text()) for name in ("summary.json", "manifest.json"))
-    rollouts = tokens = so_far = 0
-    curve = []
-    for row in rows:
-        extra = {name: int(value) for name, value in row.items() if name.split("/")[-1] in EXTRA_ROLLOUTS}
-        rollouts += row.get("rollouts", 0) + sum(n for name, n in extra.items() if "/" not in name)
-        so_far = max(so_far, sum(n for name, n in extra.items() if "/" in name))  # producers say what they have come to
-        tokens += row.get("prompt_tokens", 0) + row.get("response_tokens", 0)
-        if "heldout_reward" in row:
-            curve.append(Point(row["iteration"], rollouts + so_far, tokens, row["heldout_reward"], row.get("unseen_reward")))
+    curve = [
+        Point(row["iteration"], row["rollouts_so_far"], row["tokens_so_far"], row["heldout_reward"], row.get("unseen_reward"))
+        for row in rows
+        if "heldout_reward" in row
+    ]
     return Cell(
         task=job.task,
         arm=job.arm,

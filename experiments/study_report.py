@@ -27,7 +27,7 @@ class Point:
 
     iteration: int
     rollouts: int  # to train on; branched ones and others that the recipe had run are counted
-    tokens: int  # of prompts and responses, without those of such extra rollouts
+    tokens: int  # of prompts and responses, of such extra rollouts too; not of what they repeat
     heldout_reward: float
     unseen_reward: float | None = None
 
@@ -160,9 +160,10 @@ def report_text(results: Mapping[str, Any]) -> str:
             "",
             f"Greedy reward on {of_task['heldout_questions']} held-out questions; means over seeds, with 95 % bootstrap intervals. "
             f"*Less* compares with `{first}` from the same warm starts after equal numbers of rollouts, extra ones counted; "
-            f"*at half* after half of the rollouts of `{first}`, with what that has at its end. *Rollouts* and *tokens* are those until "
-            "that reward, and *share* is their part of its rollouts, which may be below 1 by chance. *Unseen* are questions about "
-            "databases that were not trained on.",
+            f"*at half* after half of the rollouts of `{first}`, with what that has at its end. Every recipe is evaluated after equal "
+            "numbers of rollouts, to within an iteration of its own; between evaluations the reward is taken to be on a straight line. "
+            "*Rollouts* and *tokens* are those until that reward, and *share* is their part of its rollouts, which may be below 1 by "
+            "chance. *Unseen* are questions about databases that were not trained on.",
             "",
             f"| recipe | seeds | before | after | unseen before → after | less `{first}` | at half | came there "
             "| rollouts | tokens | share | minutes a run |",
@@ -204,21 +205,23 @@ def text_of(interval: Interval, form: str = ".3f") -> str:
 
 
 def curves(cells: Sequence[Cell]) -> matplotlib.figure.Figure:
-    """Reward over iterations, a column a task: held out above, in training below; the band is the range of the seeds."""
+    """Reward, a column a task: held out over rollouts above, in training over iterations below; the band is the range of the seeds."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     figure = matplotlib.figure.Figure(figsize=(5.2 * len(tasks), 6.4), layout="constrained")
-    panels = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    panels = figure.subplots(2, len(tasks), squeeze=False)
     for column, task in enumerate(tasks):
         of_task = [cell for cell in cells if cell.task == task]
         for number, arm in enumerate(dict.fromkeys(cell.arm for cell in of_task)):
             of_arm = [cell for cell in of_task if cell.arm == arm]
-            heldout = [[p.heldout_reward for p in cell.curve] for cell in of_arm]
             if arm == MORE_SUPERVISED:
-                panels[0, column].axhline(np.mean([c[-1] for c in heldout]), color=f"C{number}", ls=":", label=arm)
+                after = np.mean([cell.curve[-1].heldout_reward for cell in of_arm])
+                panels[0, column].axhline(after, color=f"C{number}", ls=":", label=arm)
                 continue
-            band(panels[0, column], [p.iteration for p in of_arm[0].curve], heldout, arm, number, "o")
-            band(panels[1, column], range(1, 1 + len(of_arm[0].train_reward)), [cell.train_reward for cell in of_arm], arm, number, "")
+            band(panels[0, column], *over_rollouts(of_arm), arm, number, "o")
+            length = min(len(cell.train_reward) for cell in of_arm)
+            band(panels[1, column], range(1, 1 + length), [cell.train_reward[:length] for cell in of_arm], arm, number, "")
         panels[0, column].set_title(task)
+        panels[0, column].set_xlabel("rollouts, extra ones counted")
         panels[1, column].set_xlabel("iteration")
         panels[1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0, column].legend(frameon=False, fontsize=8)
@@ -230,10 +233,17 @@ def curves(cells: Sequence[Cell]) -> matplotlib.figure.Figure:
     return figure
 
 
-def band(axes: Any, x: Sequence[int], runs: Sequence[Sequence[float]], label: str, number: int, marker: str) -> None:
+def over_rollouts(cells: Sequence[Cell]) -> tuple[Sequence[float], list[list[float]]]:
+    """Where the first seed was evaluated, as far as all seeds go, and the reward of each there: branches are not as many for every seed."""
+    end = min(cell.curve[-1].rollouts for cell in cells)
+    x = np.unique([min(point.rollouts, end) for point in cells[0].curve]).tolist()
+    return x, [[reward_at(cell.curve, rollouts) for rollouts in x] for cell in cells]
+
+
+def band(axes: Any, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, number: int, marker: str) -> None:
     if len(x) == 0:
         return
-    values = np.array([run[: len(x)] for run in runs if len(run) >= len(x)])
+    values = np.array(runs)
     axes.plot(x, values.mean(0), color=f"C{number}", marker=marker, ms=4, lw=1.6, label=label)
     axes.fill_between(x, values.min(0), values.max(0), color=f"C{number}", alpha=0.15, lw=0)
 

@@ -124,6 +124,7 @@ EXPERIMENT = Experiment(
     content=lambda question: [question.question, question.gold, question.schema],
     files=lambda question: [question.database],
     report=by_hardness,
+    roles=("writer", "checker", "rewriter"),
     smoke={"databases": 2, "unseen_databases": 1, "unseen_questions": 4},
     unseen="about unseen databases",
 )

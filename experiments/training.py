@@ -19,6 +19,7 @@ import numpy as np
 from lightningrl import flags
 from lightningrl.config import FitConfig, check_at_least_one, setting
 from lightningrl.distributed import from_first, is_first, joined
+from lightningrl.errors import UserError
 from lightningrl.fit import Fitted, fit
 from lightningrl.runtime.store import Store
 from lightningrl.types import Rollout, Task
@@ -86,10 +87,18 @@ class Experiment(Generic[Q]):
     demonstrate: Callable[[Q, np.random.Generator], Demonstration]  # one run of the imperfect demonstrator
     shown: Callable[[Q], bool]  # whether it can be demonstrated
     content: Callable[[Q], Any]  # what of a question is data, not a place on a disk
+    roles: Sequence[str]  # that the agent's calls have
     smoke: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings of --smoke beside `SMOKE`
     files: Callable[[Q], Sequence[str]] = lambda question: ()  # that it is about, whose bytes are data
     report: Callable[[Fitted, Data[Q]], Mapping[str, Any]] = lambda fitted, data: {}
     unseen: str = "about unseen data"
+
+
+def check_roles(roles: Sequence[str], experiment: Experiment[Any]) -> None:
+    """Refuses a role that the agent has not: a run would end at its first update, with nothing to learn from."""
+    for role in roles:
+        if role not in experiment.roles:
+            raise UserError(f"the agent has no role {role!r}: choose among {', '.join(experiment.roles)}")
 
 
 def same_data(config: Any, experiment: Experiment[Q], folder: Path) -> Data[Q]:
@@ -166,7 +175,7 @@ def equal_compute_steps(metrics: Sequence[Mapping[str, Any]]) -> int:
     """Supervised updates that compute as much as all of RL did: a trained token is a forward and a backward pass (3 forward
     passes), a scored, read or sampled one a forward pass."""
     rows = [row for row in metrics if row["iteration"] > 0]
-    passes = sum(4 * row["trained_tokens"] + row["prompt_tokens"] + row["response_tokens"] for row in rows)
+    passes = 4 * sum(row["trained_tokens"] for row in rows) + (rows[-1]["tokens_so_far"] if rows else 0)
     return round(passes / (3 * 4096))
 
 
@@ -194,8 +203,8 @@ def summarize(config: Any, data: Data[Any], fitted: Fitted, seconds: float) -> d
         "seconds_install": config.seconds_install,
         "seed": config.seed,
         "iterations": last["iteration"],
-        "rollouts": sum(row["rollouts"] for row in rows),
-        "tokens": sum(row["prompt_tokens"] + row["response_tokens"] for row in rows),
+        "rollouts": last["rollouts_so_far"],
+        "tokens": last["tokens_so_far"],
         "controls": None,
         "continuing_calls": sum(row["continuing_calls"] for row in rows),
         "continuing_calls_exact": sum(row["continuing_calls_exact"] for row in rows),
@@ -225,6 +234,7 @@ def kept_summary(out: Path) -> dict[str, Any]:
 
 def train(config: Any, experiment: Experiment[Q], started: float) -> None:
     """Trains the agent, and says on process 0 what has come of it."""
+    check_roles(config.train_roles, experiment)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     data = same_data(config, experiment, out)

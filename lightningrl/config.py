@@ -31,6 +31,7 @@ class FitConfig:
     seed: int = setting(0, "all randomness comes from it")
     recipe: str = setting("lightningrl", "how credit becomes an update; python -m lightningrl.recipes lists them")
     iterations: int = setting(45, "times the agents run and the policy is updated")
+    rollout_budget: int = setting(0, "ends a run after the iteration in which it has run as many, extra ones counted; 0: iterations do")
     tasks_per_iteration: int = setting(24, "tasks drawn per iteration")
     rollouts_per_task: int = setting(8, "runs of the agent per task")
     updates_per_iteration: int = setting(3, "optimizer steps per iteration; a task's rollouts stay in one")
@@ -54,7 +55,7 @@ class FitConfig:
     max_tokens: int = setting(64, "of a response, at most, in training and evaluation")
     intermediate: tuple[str, ...] = setting((), "intermediate rewards: tool_error, repeated_call, new_support, better_draft")
     max_staleness: int = setting(0, "iterations that sampling runs ahead of training, with a correction for its older policy")
-    eval_every: int = setting(15, "iterations between evaluations on the held-out tasks")
+    eval_every: int = setting(15, "iterations between evaluations on the held-out tasks; fewer of those that run extra rollouts")
     concurrency: int = setting(64, "agents at once", free=True)
     time_limit: float = setting(60.0, "seconds a rollout may take", free=True)
     max_attempts: int = setting(3, "tries of a rollout that fails for its infrastructure", free=True)
@@ -136,7 +137,17 @@ def check_at_least_one(config: Any, names: Sequence[str]) -> None:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
 
 
-AT_LEAST_ZERO = ("seed", "iterations", "max_staleness", "ray_cpus", "lora_rank", "prefix_cache_mb", "decode_group", "weight_decay")
+AT_LEAST_ZERO = (
+    "seed",
+    "iterations",
+    "rollout_budget",
+    "max_staleness",
+    "ray_cpus",
+    "lora_rank",
+    "prefix_cache_mb",
+    "decode_group",
+    "weight_decay",
+)
 # A policy learns from what it samples: temperature 0 would leave it nothing to learn.
 MORE_THAN_ZERO = ("temperature", "learning_rate", "imitation_learning_rate", "max_grad_norm", "time_limit")
 AT_LEAST_ONE = (
@@ -167,6 +178,12 @@ def same_run(config: FitConfig) -> dict[str, Any]:
     """The settings that make a run what it is, as JSON."""
     free = {f.name for f in dataclasses.fields(config) if f.metadata.get("free")}
     return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items() if name not in free}
+
+
+def most_iterations(config: FitConfig, tasks: int) -> int:
+    """How many iterations there can be within the budget of rollouts: each runs its tasks at least."""
+    each = min(config.tasks_per_iteration, tasks) * config.rollouts_per_task
+    return min(config.iterations, -(-config.rollout_budget // each)) if config.rollout_budget else config.iterations
 
 
 def cache_folder(config: FitConfig) -> Path:

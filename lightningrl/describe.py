@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightningrl.packing.rows import PackedBatch
+from lightningrl.tabulate_tree import own_calls
 from lightningrl.train import Scores
 from lightningrl.types import Rollout
 
@@ -55,6 +56,24 @@ def describe_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "continuing_calls_exact": int(exact),
         "intermediate_reward": float(np.mean([sum(t.reward for t in r.transitions) for r in ok])) if ok else 0.0,
     }
+
+
+def describe_extra(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """What was run beside the rollouts of a batch, by branches and producers, and the tokens of the calls that it sampled itself."""
+    calls = [t for r in own_calls(rollouts) for t in r.transitions]
+    return {"extra_rollouts": len(rollouts), "extra_tokens": int(sum(len(t.prompt_ids) + len(t.response_ids) for t in calls))}
+
+
+def describe_cost(before: Mapping[str, int], metrics: Mapping[str, Any]) -> dict[str, int]:
+    """What training has come to after an iteration, extra rollouts counted: recipes are compared at equal numbers of them.
+
+    Tokens are those of prompts and responses of rollouts that ran to their end; evaluations count for nothing.
+    """
+    of_iteration = {
+        "rollouts_so_far": ("rollouts", "extra_rollouts"),
+        "tokens_so_far": ("prompt_tokens", "response_tokens", "extra_tokens"),
+    }
+    return {so_far: before.get(so_far, 0) + sum(metrics.get(name, 0) for name in names) for so_far, names in of_iteration.items()}
 
 
 def describe_staleness(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

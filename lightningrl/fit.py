@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from lightningrl import flags
 from lightningrl.checkpoint import Checkpoints
-from lightningrl.config import FitConfig, cache_folder, same_run, setting
+from lightningrl.config import FitConfig, cache_folder, most_iterations, same_run, setting
 from lightningrl.distributed import check_same, check_shared, is_first, joined, wait_for_all
 from lightningrl.errors import UserError, settings_of_a_person
 from lightningrl.evidence.producer import arrays, first_aux
@@ -143,24 +143,25 @@ def _fit(
     aux = first_aux(producers, policy.params)
     checkpoints = Checkpoints(out / "checkpoints", config=same_run(config))
     log = MetricsLog(out) if is_first() else NoLog()
-    done, behind = -1, []
+    done, behind, cost, iterations = -1, [], dict[str, int](), most_iterations(config, len(tasks))
     if (latest := checkpoints.latest()) is not None:
-        ahead = min(config.max_staleness, config.iterations - latest) if latest else 0  # iterations whose rollouts were begun
+        ahead = min(config.max_staleness, iterations - latest) if latest else 0  # iterations whose rollouts were begun
         kept = [weights(step, policies, sampling_at)] * ahead
         tree, host = checkpoints.restore(latest, checkpoint_tree(policies, arrays(producers, aux), kept))
         behind = tree.pop("behind", [])
         aux = host["evidence"] | tree.pop("evidence", {})
-        policies, done = from_tree(policies, tree), int(host["iteration"])
+        policies, done, cost = from_tree(policies, tree), int(host["iteration"]), host["cost"]
     if isinstance(log, MetricsLog):
         log.truncate_after(done)
 
     try:
         rollouts = out / "rollouts.sqlite"
-        with Progress(config.iterations, done) as progress, serving(sampler, policy, agent, reward, config, rollouts) as runner:
+        with Progress(iterations, done) as progress, serving(sampler, policy, agent, reward, config, rollouts) as runner:
             run = Run(
                 settings=LoopSettings(
                     seed=config.seed,
-                    iterations=config.iterations,
+                    iterations=iterations,
+                    rollout_budget=config.rollout_budget,
                     tasks_per_iteration=config.tasks_per_iteration,
                     rollouts_per_task=config.rollouts_per_task,
                     updates_per_iteration=config.updates_per_iteration,
@@ -184,7 +185,7 @@ def _fit(
                 on_rollout=progress.on_rollout,
                 on_iteration=progress.on_iteration,
             )
-            policies = train(run, policies, aux, done, behind)
+            policies = train(run, policies, aux, done, cost, behind)
     finally:
         checkpoints.close()
         log.close()

@@ -17,7 +17,7 @@ import numpy as np
 
 from lightningrl.ahead import SamplingJobs
 from lightningrl.checkpoint import Checkpoints
-from lightningrl.describe import Clock, describe_gap, describe_rollouts, describe_staleness, describe_time
+from lightningrl.describe import Clock, describe_cost, describe_extra, describe_gap, describe_rollouts, describe_staleness, describe_time
 from lightningrl.errors import UserError
 from lightningrl.evidence.branches import branch_requests, describe_branches, random_calls
 from lightningrl.evidence.critic import turn_values
@@ -43,10 +43,11 @@ TABLE_MULTIPLE = 256  # tables are padded to multiples of this, so that few shap
 class LoopSettings:
     seed: int
     iterations: int
+    rollout_budget: int  # of training, extra rollouts counted; 0: none
     tasks_per_iteration: int
     rollouts_per_task: int
     updates_per_iteration: int
-    eval_every: int
+    eval_every: int  # iterations that run no extra rollouts
     max_staleness: int  # policy versions that sampling may be ahead of training
     train_roles: tuple[str, ...] | None
     sampling: SamplingOverrides
@@ -73,19 +74,29 @@ class Run:
     on_iteration: Callable[[Mapping[str, Any]], None]
 
 
-def train(run: Run, policies: Policies, aux: dict[str, Any], done: int, behind: Sequence[Mapping[str, Any]] = ()) -> Policies:
-    """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are.
+def train(
+    run: Run,
+    policies: Policies,
+    aux: dict[str, Any],
+    done: int,
+    cost: Mapping[str, int],
+    behind: Sequence[Mapping[str, Any]] = (),
+) -> Policies:
+    """Goes on after iteration `done` (-1: nothing is done; iteration 0 only evaluates) until all are, or the budget is spent.
 
     Sampling runs `max_staleness` iterations ahead: the rollouts of iteration i are of the weights after i - 1 - max_staleness.
 
     Args:
       aux: the producers' state.
+      cost: what training has come to, see `describe_cost`.
       behind: weights that sample the iterations after `done` whose rollouts were begun before the run was stopped, in order.
     """
     s = run.settings
     with SamplingJobs(beside=s.max_staleness > 0) as jobs:
         begun = collections.deque((old, begin(run, jobs, done + 1 + i, old)) for i, old in enumerate(behind))
         for iteration in range(done + 1, s.iterations + 1):
+            if is_spent(s, cost):
+                break
             clock = Clock()
             metrics: dict[str, Any] = {}
             if iteration > 0:
@@ -96,18 +107,33 @@ def train(run: Run, policies: Policies, aux: dict[str, Any], done: int, behind: 
                 metrics |= describe_rollouts(rollouts) | describe_staleness(rollouts, iteration - 1)
                 branches = branch(run, iteration, rollouts, clock)
                 metrics |= describe_branches(rollouts, branches) if run.step.recipe.branches else {}
-                policies, aux, learned = learn(run, policies, aux, run.alter([*rollouts, *branches], iteration), iteration, clock)
-                metrics |= learned
-            if iteration % s.eval_every == 0 or iteration == s.iterations:
+                altered = run.alter([*rollouts, *branches], iteration)
+                policies, aux, learned, extra = learn(run, policies, aux, altered, iteration, clock)
+                metrics |= learned | describe_extra([*branches, *extra])
+            before, cost = cost, describe_cost(cost, metrics)
+            metrics |= cost
+            last = iteration == s.iterations or is_spent(s, cost)
+            if iteration == 0 or last or evaluation_is_due(run, before, cost):
                 now = snapshot(run, policies, clock)
                 with clock("eval"):
                     metrics |= jobs.submit(functools.partial(evaluate, run, jobs, iteration, now))()
             metrics |= describe_time(clock, metrics)
             run.log.append(iteration, metrics)
-            host = {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration), "evidence": numbers(run.producers, aux)}
+            kept = {"evidence": numbers(run.producers, aux), "cost": cost}
+            host = {"iteration": iteration, "tasks_seen": tasks_seen(run, iteration), **kept}
             run.checkpoints.save(iteration, checkpoint_tree(policies, arrays(run.producers, aux), [old for old, _ in begun]), host)
             run.on_iteration({"iteration": iteration, **metrics})
     return policies
+
+
+def is_spent(settings: LoopSettings, cost: Mapping[str, int]) -> bool:
+    return 0 < settings.rollout_budget <= cost.get("rollouts_so_far", 0)
+
+
+def evaluation_is_due(run: Run, before: Mapping[str, int], cost: Mapping[str, int]) -> bool:
+    """Counted in rollouts, so that a recipe that runs extra ones is evaluated where others are: then they can be compared."""
+    every = run.settings.eval_every * run.settings.rollouts_per_task * tasks_seen(run, 1)
+    return cost["rollouts_so_far"] // every > before["rollouts_so_far"] // every
 
 
 def snapshot(run: Run, policies: Policies, clock: Clock) -> dict[str, Any]:
@@ -193,8 +219,8 @@ def run_agents(
 
 def learn(
     run: Run, policies: Policies, aux: dict[str, Any], rollouts: Sequence[Rollout], iteration: int, clock: Clock
-) -> tuple[Policies, dict[str, Any], dict[str, float]]:
-    """From rollouts to updated policies."""
+) -> tuple[Policies, dict[str, Any], dict[str, float], list[Rollout]]:
+    """From rollouts to updated policies, the producers' state, metrics, and what the producers had run."""
     used = trained_rollouts(own_calls(rollouts))
     table = tabulate(rollouts, used)
     with clock("pack"):
@@ -203,7 +229,7 @@ def learn(
     with clock("train"):
         batches, scores = jax.block_until_ready(score_policies(run.step, policies, run.reference, whose, batches))
     with clock("evidence"):
-        evidence, aux = gather_evidence(run, policies, aux, used, iteration)
+        evidence, aux, extra = gather_evidence(run, policies, aux, used, iteration)
     with clock("credit"):
         values = [turn_values(table, b.edges, s.value) for b, s in zip(batches, scores, strict=True)]
         evidence = dataclasses.replace(evidence, value=sum(values[1:], values[0]) if "value" in run.step.recipe.needs else None)
@@ -218,7 +244,7 @@ def learn(
     learned["trained_tokens"] = sum(b.computed_tokens for b in batches)
     learned["advantage_zero_fraction"] = float(np.mean(np.asarray(advantage)[table.valid] == 0))
     learned |= {f"{name}/{key}": n for name, kept in numbers(run.producers, aux).items() for key, n in kept.items()}
-    return policies, aux, learned
+    return policies, aux, learned, extra
 
 
 def tabulate(rollouts: Sequence[Rollout], used: Sequence[Rollout]) -> TransitionTable:
@@ -234,12 +260,19 @@ def tabulate(rollouts: Sequence[Rollout], used: Sequence[Rollout]) -> Transition
 
 def gather_evidence(
     run: Run, policies: Policies, aux: dict[str, Any], used: Sequence[Rollout], iteration: int
-) -> tuple[Evidence, dict[str, Any]]:
-    """What the recipe's producers say, of the policy that sampled; agents that they run are on the clock of evidence."""
+) -> tuple[Evidence, dict[str, Any], list[Rollout]]:
+    """What the recipe's producers say, of the policy that sampled, and what they ran; agents are on the clock of evidence."""
     key = jax.random.fold_in(jax.random.key(run.settings.seed), iteration)
-    run_more = functools.partial(run_agents, run, iteration, clock=Clock())
+    extra: list[Rollout] = []
+
+    def run_more(requests: Sequence[RolloutRequest], **how: Any) -> list[Rollout]:
+        rollouts = run_agents(run, iteration, requests, clock=Clock(), **how)
+        extra.extend(rollouts)
+        return rollouts
+
     policy = run.step.weights(policies[EVERY_ROLE]) if EVERY_ROLE in policies else {}  # then no producer asks it: check_roles
-    return produce_evidence(run.producers, policy, aux, used, key, run=run_more)
+    evidence, aux = produce_evidence(run.producers, policy, aux, used, key, run=run_more)
+    return evidence, aux, extra
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,6 +7,7 @@ own is a function in the place of `credit`. `python -m lightningrl.recipes` prin
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import signal
 from typing import Any
@@ -373,6 +374,14 @@ _ADVANTAGES = (
 
 # How a token's loss is made.
 _LOSSES = (
+    _like(
+        _LIGHTNINGRL,
+        "row_weighted",
+        "2508.03680, 2608.17528",
+        "to compare with: lightningrl_paper at the clip of lightningrl and dapo, which differ from it in what weighs one",
+        advantage=functools.partial(advantages.group_norm, count="transitions"),
+        aggregation=losses.token_mean,
+    ),
     _like(_LIGHTNINGRL, "dapo", "2503.14476", "answers are long: clip-higher, every token weighs the same", aggregation=losses.token_mean),
     _like(
         _LIGHTNINGRL,
@@ -429,10 +438,12 @@ def get_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-      ValueError: there is none; the sentence lists those there are.
+      ValueError: there is none; the sentence lists those there are, and after them what was probably meant.
     """
     if name not in RECIPES:
-        raise ValueError(f"There is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}.")
+        near = difflib.get_close_matches(name, RECIPES, cutoff=0.5)
+        hint = f"; nearest to it: {', '.join(near)}" if near else ""
+        raise ValueError(f"There is no recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}{hint}.")
     return RECIPES[name]
 
 

@@ -14,6 +14,7 @@ from lightningrl.ahead import SamplingJobs
 from lightningrl.errors import UserError
 from lightningrl.fit import CommandConfig, fit
 from lightningrl.metrics import without_timings
+from lightningrl.runtime.store import Store
 from lightningrl.types import Rollout
 from tests.test_evidence_in_the_loop import TASKS, TINY, agent
 
@@ -86,9 +87,13 @@ def test_a_block_that_is_left_by_an_exception_drops_what_was_not_begun() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("versions", [1, 2])
-def test_a_run_that_samples_ahead_is_repeatable_and_goes_on_where_it_was_stopped(tmp_path: pathlib.Path, versions: int) -> None:
-    settings: dict[str, Any] = dict(TINY, cache=str(tmp_path / "cache"), rollouts_per_task=2, iterations=4, max_staleness=versions)
+@pytest.mark.parametrize(
+    ("versions", "end"), [(1, {"iterations": 4}), (2, {"iterations": 4}), (1, {"iterations": 9, "rollout_budget": 13})]
+)  # four rollouts in each iteration
+def test_a_run_that_samples_ahead_is_repeatable_and_goes_on_where_it_was_stopped(
+    tmp_path: pathlib.Path, versions: int, end: dict[str, int]
+) -> None:
+    settings: dict[str, Any] = TINY | {"cache": str(tmp_path / "cache"), "rollouts_per_task": 2, "max_staleness": versions} | end
 
     def run(out: str, **changes: Any) -> list[dict[str, Any]]:
         metrics = fit(agent, TASKS[:2], None, CommandConfig(out=str(tmp_path / out), **settings), **changes).metrics
@@ -103,6 +108,8 @@ def test_a_run_that_samples_ahead_is_repeatable_and_goes_on_where_it_was_stopped
         run("stopped", alter=stop)
     metrics = run("stopped")
     assert metrics == run("whole")
+    with Store(tmp_path / "whole" / "rollouts.sqlite") as store:
+        assert len(store.read("train", 4)) == 4 and not store.read("train", 5)  # nothing is begun that will not be learned from
     # The first iterations are all sampled from the start.
     assert [row["staleness_max"] for row in metrics[1:]] == [min(i, versions) for i in range(4)]
     assert all(row["staleness_mean"] == row["staleness_max"] for row in metrics[1:])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -43,9 +44,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def trained(out: pathlib.Path, recipe: str, cache: pathlib.Path, **changes: Any) -> list[dict[str, Any]]:
+def trained(
+    out: pathlib.Path, recipe: str, cache: pathlib.Path, settings: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+) -> list[dict[str, Any]]:
     config = CommandConfig(out=str(out), cache=str(cache), recipe=recipe, **TINY)  # type: ignore[arg-type]
-    metrics = fit(agent, TASKS[:2], None, dataclasses.replace(config, branches_per_call=2, rollouts_per_task=2), **changes).metrics
+    config = dataclasses.replace(config, branches_per_call=2, rollouts_per_task=2, **settings)
+    metrics = fit(agent, TASKS[:2], None, config, heldout={"heldout": TASKS[2:]}, **changes).metrics
     return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_per_second"))} for row in metrics]
 
 
@@ -67,6 +71,7 @@ def test_branches_are_run_by_the_policy_that_sampled_and_counted(tmp_path: pathl
     assert len(branches) == 16 and all(b.status == "ok" and b.parent is not None for b in branches)
     assert {t.policy_version for b in branches for t in b.transitions} == {1}
     assert metrics[-1]["rollouts"] == 4  # branches are no rollouts of the batch
+    assert [row["rollouts_so_far"] for row in metrics] == [0, 20, 40]
 
 
 @pytest.mark.slow
@@ -78,6 +83,8 @@ def test_a_tree_is_trained_on_with_its_branches(tmp_path: pathlib.Path, cache: p
     sampled += [t for b in branches for t in b.transitions[int(b.metrics["replayed_calls"]) :]]
     # What is trained on once: every call that was sampled, and no repeated one a second time.
     assert metrics[1]["branch_calls"] == len(sampled) - 8
+    assert [row["rollouts_so_far"] for row in metrics] == [0, 12, 24]
+    assert metrics[1]["tokens_so_far"] == sum(len(t.prompt_ids) + len(t.response_ids) for t in sampled)
     assert metrics[1]["trained_tokens"] <= sum(len(t.prompt_ids) + len(t.response_ids) for t in sampled)
 
 
@@ -85,6 +92,7 @@ def test_a_tree_is_trained_on_with_its_branches(tmp_path: pathlib.Path, cache: p
 def test_the_greedy_rollout_of_every_task(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
     metrics = trained(tmp_path / "out", "remax", cache)
     assert metrics[-1]["greedy/greedy_rollouts"] == 4 and metrics[-1]["greedy/greedy_failed"] == 0
+    assert [row["rollouts_so_far"] for row in metrics] == [0, 6, 12]
     greedy = stored(tmp_path / "out", "greedy", 1)
     assert len(greedy) == 2 and {t.temperature for r in greedy for t in r.transitions} == {0.0}
     assert not any(t.trainable for r in greedy for t in r.transitions)
@@ -101,6 +109,27 @@ def test_a_run_that_is_stopped_goes_on_with_the_producers_state(tmp_path: pathli
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "stopped", recipe, cache, alter=stop)
     assert trained(tmp_path / "stopped", recipe, cache) == trained(tmp_path / "whole", recipe, cache)
+
+
+@pytest.mark.slow
+def test_a_run_ends_when_its_rollouts_are_spent_also_where_it_was_stopped_before(tmp_path: pathlib.Path, cache: pathlib.Path) -> None:
+    """20 rollouts an iteration: evaluated where five iterations without branches would be, and at the end, past 45."""
+    settings = {"iterations": 9, "eval_every": 5, "rollout_budget": 45}
+
+    def stop(rollouts: Sequence[Rollout], iteration: int) -> Sequence[Rollout]:
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return rollouts
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped", "vineppo", cache, settings, alter=stop)
+    metrics = trained(tmp_path / "stopped", "vineppo", cache, settings)
+    assert [row["rollouts_so_far"] for row in metrics] == [0, 20, 40, 60]
+    assert all("heldout_reward" in row for row in metrics)
+    assert trained(tmp_path / "stopped", "vineppo", cache, settings) == metrics  # given again it runs no more
+    assert trained(tmp_path / "whole", "vineppo", cache, settings) == metrics
+    rarely = trained(tmp_path / "rarely", "vineppo", cache, settings | {"eval_every": 8})  # every 32 rollouts
+    assert ["heldout_reward" in row for row in rarely] == [True, False, True, True]
 
 
 def test_producers_fill_their_fields_in_turn_and_keep_their_state() -> None:

@@ -129,6 +129,7 @@ def test_a_port_in_use(config: CommandConfig, busy_port: int) -> None:
         ({"agent_processes": 0}, "agent_processes=0 must be at least 1"),
         ({"rollouts_per_task": 0}, "rollouts_per_task=0 must be at least 1"),
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
+        ({"rollout_budget": -1}, "rollout_budget=-1 must be at least 0"),
         ({"iterations": -1}, "iterations=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 10**23}, "must be less than 2³²"),

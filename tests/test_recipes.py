@@ -21,14 +21,17 @@ from tests.batches import loss_of, make_evidence, make_inputs, make_rollout, mak
 EACH = pytest.mark.parametrize("name", list(RECIPES))
 
 
-def batch():
-    return make_table(
+def batch_rollouts():
+    return [
         make_rollout("a", 1.0, [0.0], lengths=[2]),
         make_rollout("a", 0.0, [0.0, -0.5, 0.0], lengths=[1, 2, 3]),
         make_rollout("b", 1.0, [0.0, 0.0], lengths=[4, 1]),
         make_rollout("b", 0.0, [0.25], lengths=[2]),
-        size=9,
-    )
+    ]
+
+
+def batch():
+    return make_table(*batch_rollouts(), size=9)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,6 +73,49 @@ def test_paper_and_ours_differ_in_what_weighs_one():
     np.testing.assert_allclose(advantage("lightningrl", table), np.array([1, -1, -1, -1]) / np.sqrt(2), rtol=1e-4)
 
 
+def test_three_arms_differ_in_what_weighs_one_and_in_nothing_else():
+    """Row statistics and token mean, rollout statistics and token mean, rollout statistics and rollout mean (arXiv 2608.17528)."""
+    rows, tokens, rollouts = (stages(name) for name in ("row_weighted", "dapo", "lightningrl"))
+    assert rows | {"advantage": "group_norm"} == tokens and rows["advantage"] == "group_norm(count='transitions')"
+    assert tokens | {"aggregation": "rollout_mean"} == rollouts and tokens["aggregation"] == "token_mean"
+    assert stages("lightningrl_paper") | {"loss": rows["loss"]} == rows
+
+
+def stages(name):
+    recipe = get_recipe(name)
+    named = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    others = {key: value for key, value in named.items() if key not in ("name", "arxiv", "use_when")}
+    return {key: describe(value) if callable(value) else value for key, value in others.items()}
+
+
+@pytest.mark.parametrize(
+    ("of_merged", "of_calls"),
+    [("lightningrl", "lightningrl"), ("dapo", "dapo"), ("row_weighted", "dapo"), ("sequence_mean", "lightningrl")],
+)
+def test_merged_trajectories_are_arms_that_there_are(of_merged, of_calls):
+    """A rollout that is one conversation, as one sequence with its observations masked: the same objective, the same gradient.
+
+    A token has one log-prob in both, that at its node of the trie, and of the rest only the unit changes: a row is a rollout. So row
+    statistics are rollout statistics, and a mean over sequences one over rollouts; nothing else that these recipes have sees a row.
+    """
+    whole, rollouts = [2, 6, 5, 2], batch_rollouts()
+    merged = [make_rollout(r.group, r.reward, lengths=[n]) for r, n in zip(rollouts, whole, strict=True)]
+    recipes = {**RECIPES, "sequence_mean": dataclasses.replace(RECIPES["lightningrl"], aggregation=losses.sequence_mean)}
+
+    def result(name, rollouts):
+        table = make_table(*rollouts, size=9)
+        return jax.jit(functools.partial(objective, recipes[name]))(table, make_tokens(table, 20), Evidence())
+
+    for one, other in zip(result(of_merged, merged), result(of_calls, rollouts), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)  # sums of float32 in another order
+
+
+def test_call_by_call_row_statistics_are_another_arm():
+    """A success of two calls and a failure of three."""
+    table = make_table(make_rollout("a", 1.0, [0.0] * 2), make_rollout("a", 0.0, [0.0] * 3))
+    assert not np.allclose(advantage("row_weighted", table), advantage("dapo", table), rtol=0.01)
+
+
 def test_reward_to_go_without_intermediate_rewards_is_lightningrl():
     table = make_table(make_rollout("a", 1.0, [0.0]), make_rollout("a", 0.25, [0.0, 0.0, 0.0]))
     assert advantage("lightningrl", table).tolist() == advantage("lightningrl_rtg", table).tolist()
@@ -96,8 +142,12 @@ def test_ppo_and_its_critic_agree_on_gamma_and_lambda():
 
 
 def test_an_unknown_recipe_gets_the_list():
-    with pytest.raises(ValueError, match=f"no recipe 'grop': choose one of {', '.join(sorted(RECIPES))}"):
-        get_recipe("grop")
+    every = ", ".join(sorted(RECIPES))
+    for name, near in (("grop", "grpo"), ("turn_ppo", "ppo"), ("lightningrl-rtg", "lightningrl_rtg")):
+        with pytest.raises(ValueError, match=rf"no recipe '{name}': choose one of {every}; nearest to it: .*\b{near}\b.*\.$"):
+            get_recipe(name)
+    with pytest.raises(ValueError, match=f"no recipe 'xyzzy': choose one of {every}\\.$"):
+        get_recipe("xyzzy")
 
 
 def test_recipes_that_do_not_fit_are_refused():

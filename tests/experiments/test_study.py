@@ -33,11 +33,27 @@ from lightningrl.errors import UserError
         ({"settings": ("seed=3",)}, "what a study sets itself"),
         ({"grid": ("learning_rate=1e-3+iterations=5",)}, "no NAME=VALUE|what its runs are compared at"),
         ({"grid": ("iterations=5",)}, "what its runs are compared at"),
+        ({"settings": ("rollout_budget=5",)}, "what a study sets itself"),
+        ({"recipes": ("lightningrl", "lightningrl@writer+cheker")}, "no role 'cheker': choose among writer, checker, rewriter$"),
+        ({"recipes": ("lightningrl@",)}, "no role ''"),
+        ({"recipes": ("lightningrl", f"{MORE_SUPERVISED}@writer")}, f"no recipe '{MORE_SUPERVISED}'"),
+        ({"rollouts": -1}, "rollouts=-1 must be at least 0"),
+        ({"rollouts": 8641}, "^45 iterations of experiments.text_to_sql end before 8641 rollouts: give --settings=iterations=46$"),
+        ({"rollouts": 8640, "grid": ("rollouts_per_task=8", "rollouts_per_task=4")}, "iterations=90"),
+        ({"rollouts": 100, "settings": ("iterations=x",)}, "'x'"),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(changes: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         check(dataclasses.replace(Config(), **changes), ("sql",))
+
+
+def test_every_run_of_a_study_gets_its_rollouts() -> None:
+    config = Config(rollouts=8640, settings=("learning_rate=1e-3",), recipes=("lightningrl", "lightningrl@writer+rewriter"))
+    check(config, ("sql",))
+    assert study.settings_of(config, "sql") == {"learning_rate": "1e-3", "rollout_budget": "8640"}
+    assert study.parts_of("lightningrl@writer+rewriter") == ("lightningrl", ["writer", "rewriter"])
+    assert command_of(config).endswith("--rollouts=8640 --settings=learning_rate=1e-3")
 
 
 def test_tasks_by_name() -> None:
@@ -54,8 +70,9 @@ def test_a_setting_may_be_a_list() -> None:
 def test_a_folder_holds_one_study(tmp_path: Path) -> None:
     same_study(tmp_path, Config())
     same_study(tmp_path, Config(recipes=("lightningrl", "rft"), seeds=5, minutes=3.0, task="all"))
-    with pytest.raises(UserError, match="holds a study of other settings"):
-        same_study(tmp_path, Config(settings=("iterations=5",)))
+    for other in (Config(settings=("iterations=5",)), Config(rollouts=5)):
+        with pytest.raises(UserError, match="holds a study of other settings"):
+            same_study(tmp_path, other)
 
 
 def test_the_command_of_a_study_makes_it_again() -> None:
@@ -82,18 +99,19 @@ def test_every_recipe_gets_the_same_grid_and_its_own_best(tmp_path: Path) -> Non
     assert best == [["learning_rate=1e-3"], ["learning_rate=2e-4"], []]
 
 
-def test_extra_rollouts_are_counted(tmp_path: Path) -> None:
-    spent = {"rollouts": 8, "prompt_tokens": 70, "response_tokens": 30, "trained_tokens": 50}
+def test_a_cell_has_what_its_run_has_counted(tmp_path: Path) -> None:
     rows = [
-        {"iteration": 0, "heldout_reward": 0.2},
-        {"iteration": 1, **spent, "train_reward": 0.3, "branches/branch_rollouts": 16.0, "branch_rollouts": 2.0},
-        {"iteration": 2, **spent, "train_reward": 0.4, "branches/branch_rollouts": 32.0, "heldout_reward": 0.5, "unseen_reward": 0.1},
-    ]  # what a producer has had run so far, and what was branched in the iteration itself
+        {"iteration": 0, "rollouts_so_far": 0, "tokens_so_far": 0, "heldout_reward": 0.2},
+        {"iteration": 1, "rollouts_so_far": 24, "tokens_so_far": 4000, "train_reward": 0.3, "trained_tokens": 1000},
+        {"iteration": 2, "rollouts_so_far": 50, "tokens_so_far": 8576, "train_reward": 0.4, "trained_tokens": 1000}
+        | {"heldout_reward": 0.5, "unseen_reward": 0.1},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "summary.json").write_text(json.dumps({"heldout_questions": 8, "seconds": 5.0}))
     (tmp_path / "manifest.json").write_text(json.dumps({name: "x" for name in study.MANIFEST}))
     cell = cell_of(Job("sql", "gigpo", 3), tmp_path, ["python"])
-    assert cell.curve == [Point(0, 0, 0, 0.2), Point(2, 50, 200, 0.5, 0.1)] and cell.train_reward == [0.3, 0.4]
+    assert cell.curve == [Point(0, 0, 0, 0.2), Point(2, 50, 8576, 0.5, 0.1)] and cell.train_reward == [0.3, 0.4]
+    assert cell.equal_compute_steps == round((4 * 2000 + 8576) / (3 * 4096))
 
 
 def test_the_report_is_of_all_that_is_there(tmp_path: Path) -> None:
@@ -109,7 +127,8 @@ def test_the_report_is_of_all_that_is_there(tmp_path: Path) -> None:
     assert list(tasks) == ["qa", "sql"] and list(tasks["qa"]["arms"]) == ["lightningrl", "gigpo"]
 
 
-TINY = "iterations=1,heldout_questions=4,questions=40,demonstrations=40,tasks_per_iteration=2,rollouts_per_task=2,unseen_databases=0"
+TINY = "iterations=2,eval_every=1"
+TINY += ",heldout_questions=4,questions=40,demonstrations=40,tasks_per_iteration=2,rollouts_per_task=2,unseen_databases=0"
 TINY += ",databases=1,reading_steps=2,imitation_steps=2,hidden_size=32,num_layers=1,intermediate_size=32,vocab_size=512,max_tokens=8"
 TINY += ",context_length=512"
 
@@ -117,7 +136,7 @@ TINY += ",context_length=512"
 @pytest.mark.slow
 def test_a_study_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
     settings = f"{TINY},cache={tmp_path / 'cache'}"
-    arms = f"lightningrl,lightningrl@writer,{MORE_SUPERVISED}"
+    arms = f"lightningrl,lightningrl@writer,spo_tree,{MORE_SUPERVISED}"
     command = [
         sys.executable,
         "-m",
@@ -126,6 +145,7 @@ def test_a_study_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(tmp_path: Path
         arms,
         "--seeds=1",
         "--smoke",
+        "--rollouts=8",
         f"--settings={settings}",
         f"--out={tmp_path}",
     ]
@@ -143,8 +163,11 @@ def test_a_study_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(tmp_path: Path
     assert first.stat().st_mtime_ns == kept and "| `lightningrl@writer` | 1 |" in done.stdout
     cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").rglob("lightningrl*/seed0.json")]
     assert len(cells) == 2 and len({cell["curve"][0]["heldout_reward"] for cell in cells}) == 1
+    assert all([point["rollouts"] for point in cell["curve"]] == [0, 4, 8] for cell in cells)
     manifest = json.loads((tmp_path / "runs" / "sql" / "lightningrl@writer" / "seed0" / "manifest.json").read_text())
     assert manifest["settings"]["train_roles"] == ["writer"]
+    tree = json.loads((tmp_path / "cells" / "sql" / "spo_tree" / "seed0.json").read_text())["curve"]
+    assert [(point["iteration"], point["rollouts"]) for point in tree] == [(0, 0), (1, 12)]  # and no second iteration
     refused = subprocess.run([*command, "--settings=iterations=2"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and "holds a study of other settings" in refused.stderr
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.study_report import MORE_SUPERVISED, Cell, Point, results_of, reward_at, spent_until, write_report
+from experiments.study_report import MORE_SUPERVISED, Cell, Point, over_rollouts, results_of, reward_at, spent_until, write_report
 
 MADE_WITH = {"commit": "0" * 40, "machine": "Linux", "python": "3.11", "versions": {"jax": "0.10.2"}}
 
@@ -105,6 +105,12 @@ def test_another_warm_start_is_not_compared() -> None:
     assert (arm["seeds"], arm["compared"]) == ([0, 1], [1]) and arm["less_first"][0] == pytest.approx(0.1)
     alone = results_of([*FIRST, other], "python")["tasks"]["sql"]["arms"]["gigpo"]
     assert alone["compared"] == [] and "less_first" not in alone
+
+
+def test_seeds_of_which_one_branched_more_are_drawn_as_far_as_both_go() -> None:
+    x, rewards = over_rollouts([BRANCHED[0], cell("vineppo", 1, [0.2, 0.4, 0.6], rollouts_each=200)])
+    assert x == [0, 300, 400]
+    assert rewards == [pytest.approx([0.2, 0.6, 0.6 + 0.2 / 3]), pytest.approx([0.2, 0.5, 0.6])]
 
 
 def test_what_is_written_can_be_read_and_seen(tmp_path: Path) -> None:
