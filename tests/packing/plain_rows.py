@@ -95,7 +95,7 @@ def plain_weights(rollouts: Sequence[Rollout], mask: np.ndarray) -> dict[str, np
     """What each edge of `plain_rows` weighs in the objective, by aggregation: [CALLS, EDGES].
 
     Args:
-      mask: bool [CALLS, EDGES], the edges that are aggregated: all of a call, or the first.
+      mask: bool [CALLS, EDGES], the edges that are aggregated: all of a call, or the first. A unit's size counts all.
     """
     units = [(f"{r.id} {t.turn}", r.id, r.group, len(t.response_ids)) for r in rollouts for t in r.transitions]
     sizes: Counter[str] = Counter()

@@ -41,7 +41,7 @@ SELECTIONS: dict[str, Callable[..., Any]] = {
     "kl_cov": losses.kl_cov_selection,
     "m2po": losses.second_moment_keep,
 }
-_SEQUENCES = {"clip_low": 0.1, "clip_high": 0.1}
+NARROW = {"clip_low": 0.1, "clip_high": 0.1}
 # Ranges such that of a handful of tokens, not far from the policy, some fall on either side.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "batch_normalised": [{"mean": np.float32(0.9)}],  # without a mean it is of a whole batch, and a recipe with it is refused
@@ -52,11 +52,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "dppo_tv": [{"limit_low": 0.01, "limit_high": 0.01, "max_ratio": 1.2}],
     "dro": [{"beta": 0.5}],
     "geometric": [{"low": 0.8, "high": 1.2}],
-    "gmpo": [_SEQUENCES],
-    "gspo": [_SEQUENCES],
-    "gspo_token": [_SEQUENCES],
+    "gmpo": [NARROW],
+    "gspo": [NARROW],
+    "gspo_token": [NARROW],
     "kl_cov": [{"fraction": 0.3}],
-    "luspo": [_SEQUENCES],
+    "luspo": [NARROW],
     "opsm": [{"threshold": 0.1}, {"threshold": 0.0, "anchor": "old", "loss": functools.partial(losses.gspo, clip_low=0.1, clip_high=0.1)}],
     "rejection": [
         {"estimator": "k1", "level": "token", "high": 1.2},
@@ -129,9 +129,8 @@ def test_every_public_function_has_its_place() -> None:
     assert set(PUBLIC.values()) == {"selection", *RETURNS.values()}, PUBLIC
     of_batch = {name for name, its in PUBLIC.items() if its == "loss" and "selected" in inspect.signature(getattr(losses, name)).parameters}
     assert of_batch == {*SELECTIONS, "corrected"} and SETTINGS.keys() <= PUBLIC.keys()
-    nothing = np.zeros((CALLS, EDGES), bool)
-    nothing[0, 0] = True
-    assert plain_weights([rollout("r", "g", [call([0], [0], 0)])], nothing).keys() == AGGREGATIONS.keys()
+    one_token = [call([0], [0], 0)]
+    assert plain_weights([rollout("r", "g", one_token)], np.asarray(plain_rows(one_token)[1].mask)).keys() == AGGREGATIONS.keys()
 
 
 # ---- programs: each is compiled once for a dtype, and those that know no rows serve both sides
@@ -255,9 +254,9 @@ def compare(rollouts: list[Rollout], seed: int, dtype: Any, rounding: float) -> 
     # than a log-prob does, as a KL term is a small difference of log-probs.
     summands = (other.weights * np.maximum(np.abs(other.terms), 1)[:, None]).sum((-1, -2))
     slopes = np.maximum(np.abs(other.slopes).sum(0), other.weights).sum((-1, -2))
-    off = np.abs(one.objectives - other.objectives) > rounding * summands
-    off |= np.abs(one.gradients - other.gradients).max(-1) > rounding * slopes
-    assert not off.any(), [(list(TERMS)[term], list(AGGREGATIONS)[aggregation]) for term, aggregation in np.argwhere(off)]
+    equal = np.abs(one.objectives - other.objectives) <= rounding * summands
+    equal &= np.abs(one.gradients - other.gradients).max(-1) <= rounding * slopes
+    assert equal.all(), [(list(TERMS)[term], list(AGGREGATIONS)[aggregation]) for term, aggregation in np.argwhere(~equal)]
 
 
 @pytest.mark.slow
