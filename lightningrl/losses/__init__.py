@@ -1,7 +1,8 @@
 """Per-token losses `(LossInputs) -> (loss[E], keep[E], aux)` and aggregations `(loss, mask, counts) -> (sum, denominator)`.
 
-They take log-probs and values, never a model. `keep` is false where a loss drops a token. A dropped token leaves the
-numerator and never the denominator: the step aggregates `where(keep, loss, 0)` under the mask that the caller asked for.
+They take log-probs and values, never a model, and compute in float32, or in float64 where these are. `keep` is false where a
+loss drops a token. A dropped token leaves the numerator and never the denominator: the step aggregates `where(keep, loss, 0)`
+under the mask that the caller asked for.
 (The value loss is about states, one a transition: its `keep` says which edges have one, and is its mask.)
 `aux` holds named pairs (sum, denominator), like an aggregation, so that everything adds up over micro-batches and devices
 and is divided once.

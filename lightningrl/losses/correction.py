@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from lightningrl.losses.aggregation import Aggregate, token_mean
 from lightningrl.losses.metrics import Metrics, metric_means
 from lightningrl.losses.sequence import mean_over_sequence, sequence_ids, sum_over_sequence
-from lightningrl.ratio import MAX_LOG_RATIO, log_ratio
+from lightningrl.ratio import MAX_LOG_RATIO, at_least_float32, log_ratio
 from lightningrl.segments import safe_divide, segment_max
 from lightningrl.table import Array, LossInputs, UnitCounts
 
@@ -207,7 +207,7 @@ def _over(value: jax.Array, inputs: LossInputs, level: Level) -> jax.Array:
 
 
 def _kept(weight: jax.Array, keep: Array) -> Weights:
-    return jnp.where(keep, weight, 0.0).astype(jnp.float32), jnp.asarray(keep)
+    return at_least_float32(jnp.where(keep, weight, 0.0)), jnp.asarray(keep)
 
 
 def _check_bounds(low: float, high: float) -> None:

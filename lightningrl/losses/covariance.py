@@ -15,19 +15,21 @@ import jax.numpy as jnp
 from lightningrl.losses.metrics import Metrics, metric_means
 from lightningrl.losses.policy import ppo_clip
 from lightningrl.losses.terms import fixed_advantage, log_ratio_to, masked_logp, ratio_rates
-from lightningrl.segments import masked_mean
+from lightningrl.segments import masked_max, masked_mean, masked_min
 from lightningrl.table import Array, LossInputs, TokenTable
 
 
 def covariance(inputs: LossInputs) -> jax.Array:
     """Each token's part of the covariance: (A - mean of A) (log π(a) - mean of log π(a)), means over the masked tokens of the batch.
 
-    f32 of the edges' shape, 0 where the mask is false, without gradient. 0 everywhere where the advantage is constant, up to rounding.
+    f32 of the edges' shape, 0 where the mask is false, without gradient. 0 everywhere where the advantage is constant: left to
+    rounding, which sums in the order that edges are packed in, the ranks of such a batch would depend on packing.
     """
     chex.assert_equal_shape([inputs.logp, inputs.advantage, inputs.tokens.mask])
     mask = inputs.tokens.mask
     advantage, logp = fixed_advantage(inputs), jax.lax.stop_gradient(masked_logp(inputs))
-    return jnp.where(mask, (advantage - masked_mean(advantage, mask)) * (logp - masked_mean(logp, mask)), 0.0)
+    signal = mask & (masked_min(advantage, mask) < masked_max(advantage, mask))
+    return jnp.where(signal, (advantage - masked_mean(advantage, mask)) * (logp - masked_mean(logp, mask)), 0.0)
 
 
 def clip_cov_selection(

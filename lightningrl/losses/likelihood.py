@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lightningrl.losses.metrics import Metrics, metric_means
+from lightningrl.losses.terms import masked_logp
 from lightningrl.table import Array, LossInputs
 
 
@@ -22,6 +23,6 @@ def negative_log_likelihood(inputs: LossInputs, *, weighted: bool = False) -> tu
     """
     mask = inputs.tokens.mask
     chex.assert_equal_shape([inputs.logp, inputs.advantage, mask])
-    nll = -jnp.where(mask, inputs.logp, 0.0).astype(jnp.float32)
+    nll = -masked_logp(inputs)
     loss = jax.lax.stop_gradient(jnp.where(mask, inputs.advantage, 0.0)) * nll if weighted else nll
     return loss, mask, metric_means({"nll_mean": nll}, mask)

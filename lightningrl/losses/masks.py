@@ -12,6 +12,7 @@ from lightningrl.losses.metrics import Metrics, metric_means
 from lightningrl.losses.policy import ppo_clip
 from lightningrl.losses.sequence import mean_over_sequence
 from lightningrl.losses.terms import Anchor, fixed_advantage, log_ratio_to, masked_logp, ratio_rates
+from lightningrl.ratio import at_least_float32
 from lightningrl.segments import safe_divide
 from lightningrl.table import Array, LossInputs
 
@@ -171,7 +172,7 @@ def _old_and_new(inputs: LossInputs) -> tuple[Array, jax.Array, jax.Array]:
     """The mask, and log π_old(a) and log π(a), 0 where it is false, without gradient."""
     mask = inputs.tokens.mask
     chex.assert_equal_shape([inputs.logp, inputs.tokens.old_logp, mask])
-    old = jnp.where(mask, inputs.tokens.old_logp, 0.0).astype(jnp.float32)
+    old = at_least_float32(jnp.where(mask, inputs.tokens.old_logp, 0.0))
     return mask, jax.lax.stop_gradient(old), jax.lax.stop_gradient(masked_logp(inputs))
 
 

@@ -8,21 +8,21 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lightningrl.ratio import log_ratio
+from lightningrl.ratio import at_least_float32, log_ratio
 from lightningrl.table import Array, LossInputs
 
 Anchor = Literal["old", "behaviour"]
 
 
 def fixed_advantage(inputs: LossInputs) -> jax.Array:
-    """A, float32 and without gradient; 0 where the mask is false."""
+    """A, float32 at least and without gradient; 0 where the mask is false."""
     chex.assert_equal_shape([inputs.advantage, inputs.logp, inputs.tokens.mask])
-    return jax.lax.stop_gradient(jnp.where(inputs.tokens.mask, inputs.advantage, 0.0).astype(jnp.float32))
+    return jax.lax.stop_gradient(at_least_float32(jnp.where(inputs.tokens.mask, inputs.advantage, 0.0)))
 
 
 def masked_logp(inputs: LossInputs) -> jax.Array:
-    """log π(a), float32 and differentiable; 0 where the mask is false."""
-    return jnp.where(inputs.tokens.mask, inputs.logp, 0.0).astype(jnp.float32)
+    """log π(a), float32 at least and differentiable; 0 where the mask is false."""
+    return at_least_float32(jnp.where(inputs.tokens.mask, inputs.logp, 0.0))
 
 
 def log_ratio_to(inputs: LossInputs, anchor: Anchor) -> jax.Array:

@@ -142,9 +142,14 @@ def test_micro_batches_share_one_selection(name):
 
 
 @pytest.mark.slow
-def test_without_a_signal_nothing_is_drawn_and_ties_go_to_the_first_tokens():
-    """A constant advantage has covariance 0: outside Clip-Cov's bounds; KL-Cov takes the earliest tokens, however they stand."""
-    inputs = dataclasses.replace(oracles.draw(), advantage=np.ones(oracles.EDGES, np.float32))
+@pytest.mark.parametrize("constant", [1.0, 0.1, -0.7])
+def test_without_a_signal_nothing_is_drawn_and_ties_go_to_the_first_tokens(constant):
+    """A constant advantage has covariance 0: outside Clip-Cov's bounds; KL-Cov takes the earliest tokens, however they stand.
+
+    Also where rounding sets the mean of equal numbers apart from them, as it does those of 0.1.
+    """
+    inputs = dataclasses.replace(oracles.draw(), advantage=np.full(oracles.EDGES, constant, np.float32))
+    assert not np.asarray(covariance.covariance(inputs)).any()
     assert not covariance.clip_cov_selection(inputs, key=KEY, fraction=1.0).any()
     order = np.random.default_rng(0).permutation(oracles.EDGES)
     moved = jax.tree.map(lambda x: np.asarray(x)[order], inputs)
