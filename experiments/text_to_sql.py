@@ -3,6 +3,7 @@
     python -m experiments.text_to_sql --out=runs/sql                            # on databases that it builds itself
     python -m experiments.text_to_sql --out=runs/mine --database=mine.sqlite    # on a database of one's own
     python -m experiments.text_to_sql --out=runs/spider --data_dir=SPIDER --policy=DIR
+    python -m experiments.text_to_sql --out=runs/small --data_dir=SPIDER --context_length=512 --max_schema_chars=500   # from scratch
 
 The reward is execution match and nothing else. Held-out questions are never trained on, nor shown in the warm start; unseen ones are about
 databases that are not either. Of Spider those are dev.json's, and held-out ones are about its training databases.
@@ -30,7 +31,7 @@ from lightningrl.tasks.text_to_sql.databases import build_databases
 from lightningrl.tasks.text_to_sql.demonstrations import Prompts, demonstrate, run_as_text
 from lightningrl.tasks.text_to_sql.metric import execution_match
 from lightningrl.tasks.text_to_sql.questions import Question, generate_questions, split_questions
-from lightningrl.tasks.text_to_sql.spider import accuracy_by_hardness, load_spider
+from lightningrl.tasks.text_to_sql.spider import accuracy_by_hardness, load_spider, with_mistakes
 from lightningrl.types import Task
 
 PROMPTS = Prompts(
@@ -50,6 +51,7 @@ class Config(TrainingConfig):
     out: str = setting("runs/text_to_sql", "folder for everything the run leaves; a run that is there already goes on", free=True)
     database: str | None = setting(None, "a SQLite file to learn about; none: generated databases")
     data_dir: str | None = setting(None, "Spider in its official layout: dev.json, train_spider.json, tables.json, database/")
+    max_schema_chars: int = setting(0, "of a schema of Spider's, those that the question mentions first; 0: all of it")
     databases: int = setting(3, "generated databases to train on")
     unseen_databases: int = setting(3, "generated databases, of other domains, to evaluate on only")
     unseen_questions: int = setting(60, "questions about unseen databases; of Spider, of dev.json")
@@ -59,9 +61,14 @@ def load_data(config: Config, folder: Path) -> Data[Question]:
     """The questions that the settings ask for; generated databases are written into `folder`."""
     if config.database and config.data_dir:
         raise UserError("give --database or --data_dir, not both")
+    if config.max_schema_chars < 0:
+        raise UserError(f"max_schema_chars={config.max_schema_chars} must be at least 0")
     if config.data_dir:
-        train, heldout = split_questions(load_spider(config.data_dir, "train"), config.heldout_questions, config.seed)
-        dev = load_spider(config.data_dir, "dev")
+        load = functools.partial(load_spider, config.data_dir, max_schema_chars=config.max_schema_chars or None)
+        train, heldout = split_questions(load("train"), config.heldout_questions, config.seed)
+        if not config.policy:  # someone has to show a new one how
+            train = with_mistakes(train, config.seed)
+        dev = load("dev")
         order = np.random.default_rng([config.seed, 2]).permutation(len(dev))  # the file has one database after another
         return Data(train, heldout, [dev[i] for i in sorted(order[: config.unseen_questions])])
     if config.database:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,14 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightningrl.errors import UserError
 from lightningrl.tasks.text_to_sql.__main__ import check
+from lightningrl.tasks.text_to_sql.demonstrations import demonstrate
 from lightningrl.tasks.text_to_sql.hardness import hardness
 from lightningrl.tasks.text_to_sql.metric import execution_match
 from lightningrl.tasks.text_to_sql.questions import Question
-from lightningrl.tasks.text_to_sql.spider import accuracy_by_hardness, load_spider
+from lightningrl.tasks.text_to_sql.spider import accuracy_by_hardness, load_spider, with_mistakes
+from tests.tasks.test_demonstrations import PROMPTS
 
 
 @pytest.fixture
@@ -98,6 +102,28 @@ def test_a_shortened_schema_keeps_what_the_question_mentions(tiny: Path) -> None
     write(tiny / "dev.json", [record])
     assert load_spider(tiny, "dev", max_schema_chars=25)[0].schema == "visit(id,pet_id,year)"
     assert load_spider(tiny, "dev", max_schema_chars=1)[0].schema == "visit(year)"
+
+
+def test_a_mistake_is_the_answer_to_another_question(tiny: Path) -> None:
+    queries = [
+        "SELECT name FROM pet WHERE kind = 'dog'",
+        "SELECT name FROM pet WHERE kind != 'cat' AND kind = 'dog'",  # gives the same
+        "SELECT count(*) FROM pet",
+        "SELECT kind FROM pet",
+    ]
+    write(tiny / "train_spider.json", [{"db_id": "pets", "question": f"Question {i}?", "query": sql} for i, sql in enumerate(queries)])
+    questions = load_spider(tiny, "train")
+    made = with_mistakes(questions, 0, count=2)
+    assert [dataclasses.replace(q, wrong=()) for q in made] == questions
+    for question in made:
+        wrong = [sql for _, sql in question.wrong]
+        assert len(set(wrong)) == 2 and set(wrong) <= set(queries)
+        assert not any(execution_match(question.gold, sql, question.database) for sql in wrong)
+    assert made == with_mistakes(questions, 0, count=2)
+    (alone,) = with_mistakes(questions[:1], 0)
+    assert alone.wrong == ()
+    calls = demonstrate(made[0], PROMPTS, np.random.default_rng(0))
+    assert calls[0].role == "writer" and calls[0].response in (made[0].gold, *(sql for _, sql in made[0].wrong))
 
 
 def test_accuracy_by_hardness() -> None:

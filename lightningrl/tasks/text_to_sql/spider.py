@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lightningrl.errors import UserError
 from lightningrl.tasks.text_to_sql.hardness import hardness
-from lightningrl.tasks.text_to_sql.metric import gold_denotation
+from lightningrl.tasks.text_to_sql.metric import execution_match, gold_denotation
 from lightningrl.tasks.text_to_sql.questions import Question
 from lightningrl.tasks.text_to_sql.schema import describe, words
 
@@ -69,6 +73,25 @@ def load_spider(
             )
         )
     return questions
+
+
+def with_mistakes(questions: Sequence[Question], seed: int, count: int = 3) -> list[Question]:
+    """The questions with what someone hasty would write, of which Spider has nothing: gold queries of others about the same database.
+
+    Up to `count` of each, drawn from `seed`, none that gives what the question's own query gives; a question may be left without one.
+    """
+    about: dict[str, list[str]] = {}
+    for question in questions:
+        golds = about.setdefault(question.database, [])
+        golds += [] if question.gold in golds else [question.gold]
+    made = []
+    for i, question in enumerate(questions):
+        golds = about[question.database]
+        drawn = (golds[j] for j in np.random.default_rng([seed, i]).permutation(len(golds)))
+        wrong = (sql for sql in drawn if sql != question.gold and not execution_match(question.gold, sql, question.database))
+        mistakes = tuple((f"another question's, {j}", sql) for j, sql in enumerate(itertools.islice(wrong, count)))
+        made.append(dataclasses.replace(question, wrong=mistakes))
+    return made
 
 
 def accuracy_by_hardness(questions: Sequence[Question], correct: Sequence[bool]) -> dict[str, dict[str, float]]:
