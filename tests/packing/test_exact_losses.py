@@ -76,8 +76,11 @@ DROPPING = ("clip_cov", "decoupled_ppo", "dppo", "m2po", "opsm", "calls", "maski
 
 
 def kind(name: str) -> str | None:
+    if getattr(losses, name) in SELECTIONS.values():
+        return "selection"
     signature = inspect.signature(getattr(losses, name))
-    return "selection" if getattr(losses, name) in SELECTIONS.values() else RETURNS.get(signature.return_annotation)
+    of_edges = next(iter(signature.parameters)) in ("inputs", "loss")  # else it is a part of what others do
+    return RETURNS.get(signature.return_annotation) if of_edges else None
 
 
 PUBLIC = {name: kind(name) for name in losses.__all__ if name not in APART}
