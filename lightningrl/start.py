@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lightningrl.config import FitConfig, cache_folder
 from lightningrl.distributed import from_first, is_first, wait_for_all
@@ -29,7 +30,7 @@ TOO_LONG = 0.05  # share of the demonstrations that may be left out of the warm 
 
 
 def starting_policy(
-    config: FitConfig, out: Path, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool, mesh: Any
+    config: FitConfig, out: Path, demonstrations: Sequence[Demonstration], tasks: Sequence[Task], *, critic: bool, mesh: Mesh
 ) -> Policy:
     """The policy of `--policy`, or a new one; after imitation where there are demonstrations. Kept in OUT/start.
 
@@ -92,7 +93,7 @@ def with_value_head(policy: Policy) -> Policy:
     return dataclasses.replace(policy, config=dataclasses.replace(policy.config, value_head=True), params=params)
 
 
-def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Demonstration], mesh: Any) -> Policy:
+def warm_started(policy: Policy, config: FitConfig, demonstrations: Sequence[Demonstration], mesh: Mesh) -> Policy:
     """The policy after imitation; from the cache if the same was done before."""
     renderer = Renderer(policy.tokenizer)
     encoded = that_fit([encode(demonstration, renderer) for demonstration in demonstrations], config.context_length)

@@ -82,7 +82,7 @@ def test_a_run_starts_from_a_checkpoint(tmp_path: pathlib.Path) -> None:
     policy = dataclasses.replace(random_policy(qkv_bias=True), end_ids=(1,))
     export_policy(tmp_path / "theirs", policy)
     config = FitConfig(policy=str(tmp_path / "theirs"))
-    started = starting_policy(config, tmp_path / "out", [], [], critic=True, mesh=None)
+    started = starting_policy(config, tmp_path / "out", [], [], critic=True, mesh=make_mesh())
     same_policy(started, with_value_head(policy))
     same_policy(load_policy(tmp_path / "out" / "start"), started)
 
