@@ -45,7 +45,7 @@ from lightningrl.types import Rollout, Task, Transition
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CALLS = ROOT / "scripts" / "bench_train_calls.npz"
 THREADS, VOCAB, REPEATS = 2, 1088, 3
-ROWS = RowSettings((256,), 1024, 256)
+ROWS = RowSettings((512,), 1024, 512)  # the best of some that were tried, for the trie and for plain rows
 SHAPES = {128: (4, 4, 2), 512: (2, 8, 4), 1024: (2, 16, 8)}  # layers, heads, key/value heads of each hidden size
 
 
