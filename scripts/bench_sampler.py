@@ -1,10 +1,10 @@
-"""Sampling for 64 agents at once: ours and `transformers` generate, with the same weights. tunix is a goal without a peer: see NO_PEER.
+"""Sampling for 64 agents at once: ours, `transformers` generate and tunix' sampler, with the same weights.
 
     python scripts/bench_sampler.py --json bench_sampler.json
 
 Every agent makes four calls, each of which goes on from the one before; eight at a time begin with the same prompt. Answers are of 10
 tokens on average, as spread as those of the quickstart's agent (`spread`), or all of 10 (`even`). Our agents go on as soon as they are
-answered; the others', in whatever batches are the fastest, when their batch is done. Both show first that they run the same model:
+answered; the others', in whatever batches are the fastest, when their batch is done. All show first that they run the same model:
 greedily, they give the same tokens. Then they take turns; medians are reported. Weights are new in every round, so our prefix cache is
 empty at its beginning. Peers run in environments of their own, made once (scripts/peers/*_sampler.txt, a few minutes).
 """
@@ -44,7 +44,6 @@ SETTINGS = SamplerSettings(slots=64, context_length=CONTEXT, group=8, chunk=8, p
 LATENCY_TOKENS = 64
 CONFIG = ModelConfig(**MODEL)
 GOALS = {"transformers": 3.0, "tunix": 2.0}
-NO_PEER = {"tunix": "its models are built with flax.nnx, which this project does without"}
 
 
 class NoTokenizer:
@@ -151,8 +150,8 @@ def llama_weights(params: Params) -> dict[str, np.ndarray]:
 def start_peers(environments: pathlib.Path, folder: pathlib.Path, probe: dict[str, Any], expected: list[int]) -> tuple[dict, dict]:
     """The peers that run and give the expected tokens, and of every other what is wrong with it."""
     peers: dict[str, Peer] = {}
-    problems = dict(NO_PEER)
-    for name in [name for name in GOALS if name not in NO_PEER]:
+    problems: dict[str, str] = {}
+    for name in GOALS:
         try:
             peer = Peer(
                 environment(environments, str(SCRIPTS / "peers" / f"{name}_sampler.txt")), SCRIPTS / "peers" / f"{name}_sampler.py", folder
