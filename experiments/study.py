@@ -264,7 +264,11 @@ def part_done(folder: Path, row: Mapping[str, Any]) -> float:
 
 @contextlib.contextmanager
 def stopped_with_us(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of a group of its own, so that Ctrl-C reaches it once, from here; it is waited for, so that it can save its work."""
+    """A process of a group of its own, so that Ctrl-C reaches it once, from here; it is waited for, so that it can save its work.
+
+    SIGTERM, which a batch system sends before it kills, is taken for Ctrl-C.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
@@ -272,6 +276,7 @@ def stopped_with_us(command: Sequence[str], log: Any) -> Iterator[subprocess.Pop
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def cell_of(job: Job, folder: Path, command: list[str]) -> Cell:

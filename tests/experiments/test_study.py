@@ -17,6 +17,9 @@ from experiments import study, text_to_sql
 from experiments.study import TUNING_SEED, Config, Job, cell_of, check, chosen_tasks, command_of, same_study, tuning_jobs
 from experiments.study_report import MORE_SUPERVISED, Cell, Point
 from lightningrl.errors import UserError
+from tests.runtime.running import until
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -176,3 +179,29 @@ def test_a_study_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(tmp_path: Path
 def test_a_run_that_fails_says_where_its_output_is(tmp_path: Path) -> None:
     with study.tqdm.tqdm(total=1, disable=True) as bar, pytest.raises(UserError, match=r"no such file.*output.log"):
         study.run(text_to_sql, tmp_path, [f"--data_dir={tmp_path / 'none'}"], bar, 1)
+
+
+PROGRAM = """
+import subprocess, sys
+from experiments.study import stopped_with_us
+
+run = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); print('runs', flush=True); time.sleep(100)"
+with open(sys.argv[1], "wb") as log, stopped_with_us([sys.executable, "-c", run], log) as process:
+    print(process.pid, flush=True)
+    process.wait()
+"""
+
+
+def test_a_study_that_is_terminated_ends_its_run_too(tmp_path: Path) -> None:
+    log = tmp_path / "output.log"
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(log)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdout is not None
+        run = int(it.stdout.readline())
+        until(lambda: "runs" in log.read_text())
+        it.terminate()
+        _, said = it.communicate(timeout=60)
+    assert said.strip().endswith("KeyboardInterrupt") and "KeyboardInterrupt" in log.read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(run, 0)
