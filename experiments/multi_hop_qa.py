@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from lightningrl.tasks.multi_hop_qa.demonstrations import Prompts, demonstrate
 from lightningrl.tasks.multi_hop_qa.questions import Attempt, Question
 from lightningrl.tasks.multi_hop_qa.retrieval import MakeRetriever, bm25, open_corpus, search_as_text
 from lightningrl.tasks.multi_hop_qa.worlds import build_worlds
-from lightningrl.text_encoder import DenseRetrieval
+from lightningrl.text_encoder import DenseRetrieval, Pooling
 from lightningrl.types import Rollout, Task
 
 SEARCH = qa_agents_sdk.search
@@ -56,7 +56,7 @@ class Config(TrainingConfig):
         None, "a data set with corpus.jsonl, train.jsonl and eval.jsonl, or a folder of several; none: generated"
     )
     encoder: str | None = setting(None, "for --data_dir: an encoder checkpoint, whose vectors find passages; none: BM25 does")
-    encoder_pooling: Literal["first", "mean"] = setting("first", "its vector of a text: the first token's (BGE), or the tokens' mean (E5)")
+    encoder_pooling: Pooling = setting("first", "its vector of a text: the first token's (BGE), or the tokens' mean (E5)")
     encoder_query_prefix: str = setting("", "what it wants before a query, such as 'query: '")
     encoder_passage_prefix: str = setting("", "and before a passage")
     worlds: int = setting(60, "fictional worlds to train in; held-out questions are about others")
@@ -159,8 +159,6 @@ def retrieval_of(config: Config) -> MakeRetriever:
     """Raises UserError for an encoder that is not there."""
     if config.encoder is None:
         return bm25
-    if not Path(config.encoder).is_dir():
-        raise UserError(f"--encoder={config.encoder}: there is no such folder; give a local encoder checkpoint")
     return DenseRetrieval(config.encoder, config.encoder_pooling, config.encoder_query_prefix, config.encoder_passage_prefix)
 
 

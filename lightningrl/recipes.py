@@ -375,12 +375,11 @@ _ADVANTAGES = (
 # How a token's loss is made.
 _LOSSES = (
     _like(
-        _LIGHTNINGRL,
+        _PAPER,
         "row_weighted",
         "2508.03680, 2608.17528",
         "to compare with: lightningrl_paper at the clip of lightningrl and dapo, which differ from it in what weighs one",
-        advantage=functools.partial(advantages.group_norm, count="transitions"),
-        aggregation=losses.token_mean,
+        loss=_clip,
     ),
     _like(_LIGHTNINGRL, "dapo", "2503.14476", "answers are long: clip-higher, every token weighs the same", aggregation=losses.token_mean),
     _like(

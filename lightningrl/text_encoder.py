@@ -40,8 +40,7 @@ class TextEncoder:
         max_tokens: int = 512,
         batch: int = 32,
     ) -> None:
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder}: there is no such folder; give a local encoder checkpoint")
+        _check_folder(folder)
         try:
             import torch
             from transformers import AutoModel, AutoTokenizer
@@ -79,6 +78,8 @@ class DenseRetrieval:
     """For `retrieval.open_corpus`: dense retrieval with an encoder checkpoint, which a process loads once for all corpora.
 
     Vectors are kept under a hash of the passages, of these settings and of the checkpoint's files by size and time.
+
+    Raises `UserError` where the folder is missing.
     """
 
     folder: str  # the checkpoint, a local directory
@@ -86,11 +87,19 @@ class DenseRetrieval:
     query_prefix: str = ""  # what the checkpoint wants before a query, such as E5's "query: "
     passage_prefix: str = ""
 
+    def __post_init__(self) -> None:
+        _check_folder(self.folder)  # now, since agents load it only when they search
+
     def __call__(self, passages: Sequence[Passage], cache: Path | None) -> Dense:
         encode, encode_query = (_encoder(self.folder, self.pooling, prefix) for prefix in (self.passage_prefix, self.query_prefix))
         files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(self.folder).iterdir())
         name = repr([str(Path(self.folder).resolve()), files, self.pooling, self.passage_prefix])
         return Dense(passages, encode, encode_query=encode_query, cache=cache, name=name)
+
+
+def _check_folder(folder: str | Path) -> None:
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: there is no such folder; give a local encoder checkpoint")
 
 
 @functools.lru_cache(maxsize=2)  # of queries and of passages
