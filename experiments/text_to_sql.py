@@ -3,7 +3,7 @@
     python -m experiments.text_to_sql --out=runs/sql                            # on databases that it builds itself
     python -m experiments.text_to_sql --out=runs/mine --database=mine.sqlite    # on a database of one's own
     python -m experiments.text_to_sql --out=runs/spider --data_dir=SPIDER --policy=DIR
-    python -m experiments.text_to_sql --out=runs/small --data_dir=SPIDER --context_length=512 --max_schema_chars=500   # from scratch
+    python -m experiments.text_to_sql --out=runs/small --data_dir=SPIDER --context_length=640 --max_schema_chars=500   # from scratch
 
 The reward is execution match and nothing else. Held-out questions are never trained on, nor shown in the warm start; unseen ones are about
 databases that are not either. Of Spider those are dev.json's, and held-out ones are about its training databases.
